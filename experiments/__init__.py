@@ -1,0 +1,1 @@
+"""Measured experiments: a recipe, its command and its result, one folder each."""
