@@ -1,0 +1,44 @@
+"""Token mixers: the projections, gates and norms of a published mechanism around one op of :mod:`mmlong.ops`.
+
+Importing this package registers the house's own families; other packages' come by the entry-point group ``mmlong.mixers``.
+"""
+
+from __future__ import annotations
+
+from mmlong.mixers.contract import (
+    MIXERS,
+    Mixer,
+    Traits,
+    create_mixer,
+    list_mixers,
+    register_mixer,
+    require_streaming,
+)
+from mmlong.mixers.state import (
+    State,
+    detach_state,
+    map_state,
+    rebuild_state,
+    select_rows,
+    state_bytes,
+    state_tensors,
+    state_to,
+)
+
+__all__ = [
+    "MIXERS",
+    "Mixer",
+    "State",
+    "Traits",
+    "create_mixer",
+    "detach_state",
+    "list_mixers",
+    "map_state",
+    "rebuild_state",
+    "register_mixer",
+    "require_streaming",
+    "select_rows",
+    "state_bytes",
+    "state_tensors",
+    "state_to",
+]
