@@ -1,0 +1,19 @@
+"""The shared backbone: blocks, directions, pooled stages, and training in segments."""
+
+from __future__ import annotations
+
+from mmlong.backbone.block import Block, Merge
+from mmlong.backbone.directions import BothWays, Reversed, create_directed
+from mmlong.backbone.segmented import segmented_loss
+from mmlong.backbone.stack import Backbone, BackboneConfig
+
+__all__ = [
+    "Backbone",
+    "BackboneConfig",
+    "Block",
+    "BothWays",
+    "Merge",
+    "Reversed",
+    "create_directed",
+    "segmented_loss",
+]

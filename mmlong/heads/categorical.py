@@ -1,0 +1,39 @@
+"""A distribution over ``num_classes`` codes at every position: bytes, nucleotides, mu-law levels, sub-pixels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmlong.heads.contract import Head, register_head
+from mmlong.layout import Layout
+
+
+@register_head("categorical")
+class CategoricalHead(Head):
+    """Logits at every position.
+
+    Args:
+        dim: width of the features.
+        num_classes: how many codes.
+    """
+
+    per_token = True
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.linear = nn.Linear(dim, num_classes)
+
+    def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
+        """``(B, L, D)`` to logits ``(B, L, num_classes)``."""
+        return self.linear(x)
+
+    def loss(self, prediction: Tensor, target: Tensor, layout: Layout | None = None) -> tuple[Tensor, Tensor]:
+        """Cross-entropy with codes ``(B, L)`` summed over valid positions, and how many those are."""
+        loss = F.cross_entropy(prediction.flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
+        valid = None if layout is None else layout.valid(target.shape[1])
+        if valid is None:
+            return loss.sum(), torch.tensor(float(target.numel()), device=target.device)
+        return torch.where(valid, loss, 0).sum(), valid.sum().to(loss.dtype)

@@ -1,0 +1,42 @@
+"""The contract of a head: features ``(B, L, D)`` to a prediction and its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from mmlong.layout import Layout
+from mmlong.registry import Registry
+
+
+class Head(nn.Module):
+    """Base of every head.
+
+    Attributes:
+        per_token: whether there is a prediction at every position (and so the loss can be taken segment by segment).
+    """
+
+    per_token: bool = False
+
+    def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
+        """Features ``(B, L, D)`` and their layout to a prediction."""
+        raise TypeError(f"{type(self).__name__} does not define forward(x, layout)")
+
+    def loss(self, prediction: Tensor, target: Tensor, layout: Layout | None = None) -> tuple[Tensor, Tensor]:
+        """``(sum of losses in nats, number of things predicted)``, so that parts of a batch or sequence can be added up."""
+        raise TypeError(f"{type(self).__name__} does not define loss(prediction, target, layout)")
+
+
+HEADS: Registry[type[Head]] = Registry("head", group="mmlong.heads")
+
+
+def register_head(name: str) -> Callable[[type[Head]], type[Head]]:
+    """Class decorator that names a head."""
+    return HEADS.register(name)
+
+
+def create_head(name: str, dim: int, **options: Any) -> Head:
+    """A registered head by name for features of width ``dim``."""
+    return HEADS.create(name, dim, **options)
