@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmlong.backbone import Backbone, BackboneConfig
-from mmlong.heads import Head, create_head
+from mmlong.heads import HEADS, Head, create_head
 from mmlong.layout import Layout
 from mmlong.mixers import State
 from mmlong.modalities import Modality, create_modality
@@ -57,6 +58,10 @@ class Model(nn.Module):
         self.backbone = Backbone(backbone)
         self.num_features = self.backbone.num_features
         self.modality: Modality = create_modality(dim=self.backbone.dim_in, **config["modality"])
+        length = self.modality.tokens_per_sample()
+        if length is not None and "tokens" in inspect.signature(HEADS[config["head"]["name"]]).parameters:
+            # A head that reads every position must know how many there are; only the model knows both sides.
+            config["head"].setdefault("tokens", -(-length // self.backbone.stride))
         self.head: Head = create_head(dim=self.num_features, **config["head"])
 
     @classmethod
@@ -165,6 +170,7 @@ def pixel_pyramid(
     pool: tuple[int, ...] | list[int] = (4, 4),
     mixers: tuple[str, ...] | list[Any] = ("mamba2",),
     direction: str = "alternate",
+    head: str = "readout",
 ) -> Config:
     """Every pixel a token of the first stage, in Morton order; 2x2 blocks merge between stages. What ``image/cells256`` trains."""
     return {
@@ -176,7 +182,7 @@ def pixel_pyramid(
             "mixers": list(mixers),
             "direction": direction,
         },
-        "head": {"name": "classify", "num_classes": num_classes},
+        "head": {"name": head, "num_classes": num_classes},
     }
 
 
