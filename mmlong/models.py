@@ -89,9 +89,7 @@ class Model(nn.Module):
 
     def forward_head(self, x: Tensor, layout: Layout | None = None, pre_logits: bool = False) -> Tensor:
         """Features and *their* layout to the prediction; with ``pre_logits`` what the last linear layer would see."""
-        if not pre_logits:
-            return self.head(x, layout)
-        return self.head.pooled(x, layout) if hasattr(self.head, "pooled") else x
+        return self.head.pooled(x, layout) if pre_logits else self.head(x, layout)
 
     def forward(self, tokens: Tensor, state: State = None, layout: Layout | None = None) -> tuple[Tensor, State]:
         """Tokens to the head's prediction, and the state."""
@@ -103,10 +101,8 @@ class Model(nn.Module):
     def reset_classifier(self, num_classes: int, **options: Any) -> None:
         """A fresh head of the same kind with another number of classes (0: none)."""
         self.config["head"] = {**self.config["head"], "num_classes": num_classes, **options}
-        old = next(self.head.parameters(), None)
-        self.head = create_head(dim=self.num_features, **self.config["head"])
-        if old is not None:
-            self.head.to(device=old.device, dtype=old.dtype)
+        old = next(self.backbone.parameters())
+        self.head = create_head(dim=self.num_features, **self.config["head"]).to(old.device, old.dtype)
 
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""

@@ -24,6 +24,10 @@ class Head(nn.Module):
         """Features ``(B, L, D)`` and their layout to a prediction."""
         raise TypeError(f"{type(self).__name__} does not define forward(x, layout)")
 
+    def pooled(self, x: Tensor, layout: Layout | None = None) -> Tensor:
+        """What the last linear layer sees; the features themselves for a head that does not pool."""
+        return x
+
     def loss(self, prediction: Tensor, target: Tensor, layout: Layout | None = None) -> tuple[Tensor, Tensor]:
         """``(sum of losses in nats, number of things predicted)``, so that parts of a batch or sequence can be added up."""
         raise TypeError(f"{type(self).__name__} does not define loss(prediction, target, layout)")

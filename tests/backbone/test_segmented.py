@@ -66,7 +66,9 @@ def test_four_segments_give_the_whole_gradient(mixer: str, kind: str) -> None:
     assert loss == pytest.approx(whole, rel=1e-10)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-9 * float(value.abs().max() + 1), msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-7, atol=1e-9 * float(value.abs().max() + 1), msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("mixer", list_mixers("mamba2"))

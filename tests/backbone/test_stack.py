@@ -1,0 +1,122 @@
+"""The backbone: one signature at every level, directions, pooling, padding."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from mmlong.backbone import Backbone, BackboneConfig, Merge, Reversed
+from mmlong.layout import Layout
+from mmlong.mixers import list_mixers, select_rows, state_bytes
+
+
+def build(**options) -> Backbone:
+    torch.manual_seed(0)
+    return Backbone(BackboneConfig(**{"dim": 16, "depth": 2, "mixers": ["mamba2"], **options})).double().eval()
+
+
+@pytest.mark.parametrize("mixer", list_mixers(streaming=True))
+def test_whole_equals_pieces_equals_one_at_a_time(mixer: str) -> None:
+    backbone = build(mixers=[mixer])
+    x = torch.randn(2, 33, 16, dtype=torch.float64)
+    whole, final = backbone(x)
+    for cuts in ([0, 1, 20, 33], list(range(34))):
+        state, parts = None, []
+        for i, j in itertools.pairwise(cuts):
+            y, state = backbone(x[:, i:j], state)
+            parts.append(y)
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-8, atol=1e-10)
+    assert state_bytes(final) == state_bytes(state)
+    extra = torch.randn(2, 4, 16, dtype=torch.float64)
+    torch.testing.assert_close(backbone(extra, final)[0], backbone(extra, state)[0], rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(backbone(extra[1:], select_rows(final, slice(1, 2)))[0], backbone(extra, final)[0][1:])
+
+
+def test_mixers_repeat_over_depth() -> None:
+    backbone = build(depth=5, mixers=["mamba2", {"name": "local", "window": 5}])
+    names = [type(block.mixer).__name__ for block in backbone.blocks()]
+    assert names == [names[0], names[1], names[0], names[1], names[0]]
+    assert names[0] != names[1]
+
+
+@pytest.mark.parametrize("direction", ["alternate", "both"])
+def test_both_sides_are_seen_and_padding_is_not(direction: str) -> None:
+    backbone = build(direction=direction)
+    assert not backbone.causal
+    assert not backbone.streaming
+    x = torch.randn(1, 21, 16, dtype=torch.float64, requires_grad=True)
+    (g,) = torch.autograd.grad(backbone(x)[0][0, 10].sum(), x)
+    assert (g[0].abs().sum(-1) > 0).all()
+    padded = torch.cat([x.detach(), torch.full((1, 9, 16), 1e3, dtype=torch.float64)], 1)
+    y, state = backbone(padded, None, Layout(lengths=torch.tensor([21])))
+    assert state is None
+    torch.testing.assert_close(y[:, :21], backbone(x)[0])
+
+
+def test_alternate_reverses_every_second_causal_mixer() -> None:
+    kinds = [isinstance(block.mixer, Reversed) for block in build(depth=4, direction="alternate").blocks()]
+    assert kinds == [False, True, False, True]
+
+
+def test_pooled_stages_padding_and_layout() -> None:
+    backbone = build(dim=[16, 24], depth=[1, 1], pool=[4], direction="alternate")
+    assert (backbone.dim_in, backbone.num_features, backbone.stride) == (16, 24, 4)
+    x = torch.randn(1, 63, 16, dtype=torch.float64)
+    y = backbone(x)[0]
+    assert y.shape == (1, 16, 24)
+    padded = torch.cat([x, torch.full((1, 17, 16), 1e3, dtype=torch.float64)], 1)
+    layout = Layout(lengths=torch.tensor([63]))
+    found = backbone(padded, None, layout)[0]
+    assert backbone.layout_out(layout, 80).lengths.tolist() == [16]
+    torch.testing.assert_close(found[:, :16], y)
+    grid = backbone.layout_out(Layout(grid=(8, 8), order="morton"), 64)
+    assert grid.grid == (4, 4)
+
+
+def test_merge_groups_are_blocks_of_the_image() -> None:
+    merge = Merge(4, 1, 1)
+    merge.norm = torch.nn.Identity()
+    torch.nn.init.constant_(merge.project.weight, 0.25)
+    torch.nn.init.zeros_(merge.project.bias)
+    image = torch.arange(64.0).view(8, 8)
+    from mmlong.layout import scan_order
+
+    tokens = image.flatten()[scan_order((8, 8), "morton")].view(1, 64, 1)
+    expected = image.view(4, 2, 4, 2).mean((1, 3)).flatten()[scan_order((4, 4), "morton")]
+    torch.testing.assert_close(merge(tokens)[0, :, 0], expected)
+
+
+def test_checkpointing_changes_nothing() -> None:
+    backbone = build(dropout=0.2).train()
+    x = torch.randn(2, 19, 16, dtype=torch.float64)
+    grads = []
+    for enable in (False, True):
+        backbone.grad_checkpointing = enable
+        backbone.zero_grad()
+        torch.manual_seed(3)
+        backbone(x)[0].square().sum().backward()
+        grads.append([p.grad.clone() for p in backbone.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_errors_say_what_to_do() -> None:
+    with pytest.raises(ValueError, match="dim has 2 entries for 1 stages"):
+        build(dim=[16, 32])
+    with pytest.raises(ValueError, match="use direction alternate or both with pool"):
+        build(dim=[16, 32], depth=[1, 1], pool=[4])
+    with pytest.raises(KeyError, match="did you mean 'mamba2'"):
+        build(mixers=["mamba"])
+    with pytest.raises(ValueError, match="unknown direction"):
+        build(direction="sideways")
+    with pytest.raises(ValueError, match="mixers is empty"):
+        build(mixers=[])
+    with pytest.raises(ValueError, match="pooling would mix documents"):
+        backbone = build(dim=[16, 24], depth=[1, 1], pool=[4], direction="alternate")
+        backbone(torch.zeros(1, 8, 16).double(), None, Layout(resets=torch.zeros(1, 8, dtype=torch.bool)))
+    with pytest.raises(ValueError, match=r"takes \(B, L, 16\)"):
+        build()(torch.zeros(1, 8, 15).double())
+    with pytest.raises(ValueError, match="3 entries, the backbone 2 blocks"):
+        build()(torch.zeros(1, 8, 16).double(), (None, None, None))
