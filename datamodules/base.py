@@ -169,7 +169,7 @@ class PackedDataModule(pl.LightningDataModule):
             limit = sum(steps) // batch
             if self.trainer is not None:
                 # A batch that was handed out and not trained on (the run was interrupted inside it) comes again.
-                progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+                progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
                 done -= batch * (progress.ready - progress.processed)
                 limit = min(limit, int(min(self.trainer.num_training_batches, limit)))
             if done >= limit * batch:

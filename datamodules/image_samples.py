@@ -146,8 +146,9 @@ class ImageSamples:
                 if sample < 0:
                     raise BadSampleError(shard, "is not in the index; it is stale", key)
                 label = self._streamed_label(members, shard, key)
-                pixels: np.ndarray | None = decode_png(self._member(members, "png"), self.shape, shard, f"{key}.png")
-                pixels, weight = self._augmented(pixels, epoch, sample), 1.0
+                decoded = decode_png(self._member(members, "png"), self.shape, shard, f"{key}.png")
+                pixels: np.ndarray | None = self._augmented(decoded, epoch, sample)
+                weight = 1.0
             except BadSampleError as error:
                 problems.append(self._skip(error))
                 pixels, weight = None, 0.0

@@ -63,6 +63,8 @@ class ImageDataModule(PackedDataModule):
     ) -> None:
         self.known: Known | None = KNOWN.get(dataset)
         if self.known is not None:
+            if label is not None and label not in self.known.labels:
+                raise ValueError(f"{dataset} has labels {', '.join(self.known.labels)}, not {label!r}")
             self.side = size or self.known.size
             folder = Path(root if root is not None else data_root()) / f"{dataset}-{self.side}"
         else:
@@ -72,7 +74,7 @@ class ImageDataModule(PackedDataModule):
                 )
             folder = Path(dataset)
         super().__init__(folder, batch_size, num_workers, seed, reader, on_bad, eval_batch_size)
-        self.name = dataset
+        self.dataset_name = dataset
         self._label = label
         self.augment = Augment(augment, seed)
         self.cache = cache
@@ -88,9 +90,10 @@ class ImageDataModule(PackedDataModule):
             )  # fmt: skip
         from .progress import packing
 
-        print(f"{self.name}: {self.known.source}\n  licence: {self.known.licence}")
-        with packing(f"packing {self.name} at {self.side}x{self.side} into {self.folder}") as progress:
-            pack_known(self.name, self.folder, self.side, progress=progress)
+        print(f"{self.dataset_name}: {self.known.source}\n  licence: {self.known.licence}")
+        with packing(f"packing {self.dataset_name} at {self.side}x{self.side} into {self.folder}") as progress:
+            pack_known(self.dataset_name, self.folder, self.side, progress=progress)
+        self._dataset = None
 
     @property
     def dataset(self) -> PackedDataset:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,7 @@ def torchvision_source(name: str, root: str | Path, options: Mapping[str, Any] |
     highest = -1
     for part, chosen in variants:
         try:
-            data = kind(**given, **chosen)
+            data: Any = kind(**given, **chosen)
         except (RuntimeError, OSError, ValueError) as error:
             raise DataError(f"torchvision:{name}", f"cannot be read from {root}: {error}") from error
         names = getattr(data, "classes", None)
@@ -177,13 +178,7 @@ def torchvision_source(name: str, root: str | Path, options: Mapping[str, Any] |
             target = _target(data, place, name)
             highest = max(highest, target)
             items.append(
-                Item(
-                    f"{part or 'train'}/{place}",
-                    {"label": target},
-                    lambda data=data, place=place: data[place][0],
-                    {},
-                    part,
-                )
+                Item(f"{part or 'train'}/{place}", {"label": target}, partial(_picture, data, place), {}, part)
             )
     if classes is None:
         classes = tuple(str(number) for number in range(highest + 1))
@@ -191,6 +186,10 @@ def torchvision_source(name: str, root: str | Path, options: Mapping[str, Any] |
         name=name.lower(), source=f"torchvision.datasets.{name}", licence="see the dataset's own page",
         labels={"label": classes}, default_label="label", items=items,
     )  # fmt: skip
+
+
+def _picture(data: Any, place: int) -> Image.Image:
+    return data[place][0]
 
 
 def _target(data: Any, place: int, name: str) -> int:

@@ -7,9 +7,10 @@ For shards that are better read in sequence than by offset. What is given up, co
 * A resume is *statistical*: the epoch's remaining steps are made with a new draw. The stream is a pure function of
   (seed, epoch, samples done when it began, rank, worker count).
 
-webdataset would run ``pipe:`` URLs in a shell and unpickle members by default; `enforce_security` is set on import of
-this module and members are refused by name as well. Bytes are checked by the shard's size when opened, and each member
-by the decoder; there is no checksum on this path.
+webdataset would run ``pipe:`` URLs in a shell and unpickle members by default. Here it never opens anything: its tar and
+grouping stages are handed files opened by us (its `enforce_security`, set on import of this module, would refuse even a
+local path), none of its decoders are used, and members are refused by name as well. Bytes are checked by the shard's
+size when opened, and each member by the decoder; there is no checksum on this path.
 """
 
 from __future__ import annotations
@@ -117,7 +118,11 @@ class _Samples:
     def __call__(self, shards: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for shard in shards:
             try:
-                yield from wds.tarfile_to_samples(select_files=_Guard())(iter([shard]))
+                with open(shard["url"], "rb") as stream:
+                    members = wds.tariterators.tar_file_expander([{**shard, "stream": stream}], select_files=_Guard())
+                    yield from wds.tariterators.group_by_keys(members)
+            except FileNotFoundError as error:
+                raise BadShardError(shard["url"], "is missing") from error
             except BadShardError as error:
                 raise BadShardError(shard["url"], error.reason, error.member) from error
             except (tarfile.TarError, EOFError) as error:
