@@ -26,7 +26,7 @@ from mmlong.layout import Layout
 
 Activation = Literal["silu"] | None
 
-BLOCK_ELEMENTS = 1 << 17
+BLOCK_ELEMENTS = 1 << 18
 """Elements of a block of tokens; it, the block it makes and a temporary fit the second-level caches of a common processor."""
 
 ROW_ELEMENTS = 512

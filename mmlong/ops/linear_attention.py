@@ -1,0 +1,478 @@
+"""Linear attention with a scalar decay per head: a matrix state, read by queries, written by keys and values.
+
+Definition, for every head, with log decay ``g_t <= 0``, log input scale ``i_t`` and an optional skip ``d``:
+
+    S_t = exp(g_t) S_{t-1} + exp(i_t) v_t k_t^T          (P x N)
+    y_t = S_t q_t + d v_t                                 (P)
+
+Keys and queries may be shared by the heads of a group. This is the state-space dual of Mamba-2 (Dao & Gu 2024, arXiv 2405.21060; there
+``q = C, k = B, v = x, g = dt A, exp(i) = dt``), RetNet's retention with ``g`` constant, and gated linear attention with one gate a head.
+
+Chunk form, with ``a_t`` the sum of ``g`` from the chunk's beginning, ``s_t = a_t - i_t`` and ``S_0`` the state before the chunk:
+
+    M_ts = (q_t . k_s) exp(a_t - s_s) for s <= t, plus d on the diagonal
+    Y    = M V + exp(a) * (Q S_0^T)
+    S_Q  = exp(a_Q) S_0 + (exp(a_Q - s) * V)^T K
+
+The input scale rides in the exponent and the skip on the diagonal, so neither costs a pass over the tokens. Exponents are differences over ``s <= t``: nothing
+overflows at any decay; a weight's relative error is the spacing of floats at the sum of ``g`` over the chunk. Blocks of a few chunks run through the caches; the boundary states of a block come from one small triangular product instead of
+a loop. The backward is written out: it keeps the inputs, the output and the states between chunks, and recomputes the rest. The gradient of ``a_t`` needs no
+sum over pairs, since every path through ``a_t`` as a query's side ends in ``y_t`` and as a key's side begins in ``v_t``:
+
+    d a_t = dY_t . Y_t - V_t . dV_t,   plus <S_Q, dS_Q> at the chunk's end;   d g = reversed cumulative sum of d a.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mmlong.layout import Layout
+
+BLOCK_ELEMENTS = 1 << 18
+"""Elements that a block of chunks makes on the way; larger ones spill out of a common core's caches."""
+
+MAX_CHUNKS = 32
+"""Chunks of a row in a block: the product that makes their boundary states is quadratic in it."""
+
+LOG2_E = math.log2(math.e)
+
+
+def scalar_decay_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    log_input: Tensor | None = None,
+    skip: Tensor | None = None,
+    state: Tensor | None = None,
+    layout: Layout | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The definition, token by token; arguments and results as :func:`scalar_decay_attention`."""
+    (B, L, H, P), N = v.shape, k.shape[-1]
+    q, k = (t.repeat_interleave(H // t.shape[2], dim=2) for t in (q, k))
+    S = v.new_zeros(B, H, P, N) if state is None else state
+    valid = None if layout is None else layout.valid(L)
+    outputs = []
+    for t in range(L):
+        before = S
+        if layout is not None and layout.resets is not None:
+            before = torch.where(layout.resets[:, t, None, None, None], 0, before)
+        write = v[:, t, :, :, None] * k[:, t, :, None, :]
+        if log_input is not None:
+            write = log_input[:, t, :, None, None].exp() * write
+        after = g[:, t, :, None, None].exp() * before + write
+        S = after if valid is None else torch.where(valid[:, t, None, None, None], after, S)
+        y = (S * q[:, t, :, None, :]).sum(-1)
+        outputs.append(y if skip is None else y + skip[:, None] * v[:, t])
+    return torch.stack(outputs, 1), S
+
+
+def scalar_decay_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    log_input: Tensor | None = None,
+    skip: Tensor | None = None,
+    state: Tensor | None = None,
+    layout: Layout | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Linear attention with scalar decay, tokens before heads as projections give them.
+
+    Args:
+        q: queries ``(B, L, G, N)``; head ``h`` reads group ``h // (H // G)``.
+        k: keys ``(B, L, G, N)``.
+        v: values ``(B, L, H, P)``.
+        g: log decay ``(B, L, H)``, <= 0 and finite.
+        log_input: log of the scale that writes get ``(B, L, H)`` (``-inf`` writes nothing), or ``None`` for 1.
+        skip: ``(H,)``, how much of its own value each output adds, or ``None``.
+        state: ``(B, H, P, N)``, or ``None`` from the beginning.
+        layout: lengths and resets are honoured.
+        chunk: tokens a chunk; ``None`` chooses by the sizes.
+
+    Returns:
+        ``(y, state)``: ``y (B, L, H, P)`` like ``v``, and the state at each row's own length, in at least float32.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    (B, L, H, P), (G, N) = v.shape, k.shape[2:]
+    if q.shape != k.shape or k.shape[:2] != (B, L) or H % G:
+        raise ValueError(
+            f"scalar_decay_attention: q {tuple(q.shape)} and k {tuple(k.shape)} must be (B, L, G, N) with G dividing "
+            f"the H = {H} heads of v {tuple(v.shape)}"
+        )
+    for name, t in (("g", g), ("log_input", log_input)):
+        if t is not None and tuple(t.shape) != (B, L, H):
+            raise ValueError(f"scalar_decay_attention: {name} is {tuple(t.shape)}, expected (B, L, H) = {(B, L, H)}")
+    if state is not None and tuple(state.shape) != (B, H, P, N):
+        raise ValueError(f"scalar_decay_attention: state is {tuple(state.shape)}, expected {(B, H, P, N)}")
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    g = g.to(dtype)
+    log_input = None if log_input is None else log_input.to(dtype)
+    skip = None if skip is None else skip.to(dtype)
+    state = v.new_zeros(B, H, P, N, dtype=dtype) if state is None else state.to(dtype)
+    valid = None if layout is None else layout.valid(L)
+    if valid is not None:
+        # A position that decays nothing and writes nothing hands the state on.
+        there = valid[..., None]
+        g = torch.where(there, g, 0)
+        log_input = torch.where(there, g.new_zeros(()) if log_input is None else log_input, -math.inf)
+        k, v = torch.where(there[..., None], k, 0), torch.where(there[..., None], v, 0)
+    documents = None if layout is None else layout.documents()
+    size = chunk or default_chunk(H, N, P)
+    if L == 1 and documents is None and not torch.is_grad_enabled():
+        return _one_token(q, k, v, g, log_input, skip, state)
+    if torch.compiler.is_compiling() or v.device.type != "cpu":
+        with torch.autocast(v.device.type, enabled=False):
+            return _plain(q, k, v, g, log_input, skip, state, documents, size)
+    return _ScalarDecay.apply(q, k, v, g, log_input, skip, state, documents, size)
+
+
+def default_chunk(H: int, N: int, P: int) -> int:
+    """Tokens a chunk: the state's work falls with it and the pairs' work grows, and narrow heads are all pairs' work."""
+    return 32 if N * P <= 1024 else 64 if N * P < 4096 else 128
+
+
+def _one_token(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, log_input: Tensor | None, skip: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    (B, _, H, P), (G, N), dtype = v.shape, k.shape[2:], state.dtype
+    value = v[:, 0].to(dtype)
+    written = value if log_input is None else value * log_input[:, 0, :, None].exp()
+    write = written.view(B, G, -1, 1) * k[:, 0, :, None].to(dtype)
+    state = torch.addcmul(write.view(B, H, P, N), state, g[:, 0, :, None, None].exp())
+    y = (state.view(B, G, -1, N) @ q[:, 0, :, :, None].to(dtype)).view(B, H, P)
+    y = y if skip is None else torch.addcmul(y, value, skip[:, None])
+    return y[:, None].to(v.dtype), state
+
+
+def _plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    log_input: Tensor | None,
+    skip: Tensor | None,
+    state: Tensor,
+    documents: Tensor | None,
+    size: int,
+) -> tuple[Tensor, Tensor]:
+    """The chunk form over all chunks at once, in operations that autograd and compilers understand."""
+    (B, L, H, P), G, dtype = v.shape, k.shape[2], state.dtype
+    C = -(-L // size)
+    short = C * size - L
+    if log_input is None:
+        log_input = torch.zeros_like(g)
+
+    def chunks(t: Tensor, fill: float = 0.0) -> Tensor:
+        padding = [0, 0] * (t.ndim - 2) + [0, short]
+        return torch.nn.functional.pad(t, padding, value=fill).reshape(B, C, size, *t.shape[2:])
+
+    Q, K, V = (chunks(t.to(dtype)) for t in (q, k, v))
+    a = chunks(g).cumsum(2).movedim(3, 1)  # (B, H, C, Q)
+    s = a - chunks(log_input, -math.inf).movedim(3, 1)
+    total = a[..., -1]
+    ends = torch.nn.functional.pad(total.cumsum(-1), (1, 0))  # (B, H, C + 1), log decay up to each boundary
+    future = torch.ones(size, size, dtype=torch.bool, device=v.device).triu(1)
+    later = torch.ones(C + 1, C + 1, dtype=torch.bool, device=v.device).triu(1)
+    cut_pairs, cut_ends = future, later
+    cut_in: Tensor | None = None
+    cut_out: Tensor | None = None
+    if documents is not None:
+        last = documents[:, -1:].expand(-1, short)
+        inside = torch.cat([documents, last], 1).view(B, 1, C, size)
+        boundary = torch.cat([torch.zeros_like(inside[..., 0, :1]), inside[..., -1]], -1)  # (B, 1, C + 1)
+        cut_pairs = future | (inside[..., :, None] != inside[..., None, :])
+        cut_ends = later | (boundary[..., :, None] != boundary[..., None, :])
+        cut_in = inside != boundary[..., :-1, None]
+        cut_out = inside != inside[..., -1:]
+    none = -math.inf
+    decay = (a[..., :, None] - s[..., None, :]).masked_fill(cut_pairs, none).exp()
+    across = (ends[..., :, None] - ends[..., None, :]).masked_fill(cut_ends, none).exp()
+    log_out = total[..., None] - s
+    into, out = a if cut_in is None else a.masked_fill(cut_in, none), log_out
+    out = out if cut_out is None else out.masked_fill(cut_out, none)
+    M = torch.einsum("bctgn,bcsgn->bgcts", Q, K).repeat_interleave(H // G, 1) * decay
+    V = V.movedim(3, 1)  # (B, H, C, Q, P)
+    Kh, Qh = (t.movedim(3, 1).repeat_interleave(H // G, 1) for t in (K, Q))
+    written = torch.einsum("bhcqp,bhcqn->bhcpn", V * out.exp()[..., None], Kh)
+    states = torch.einsum("bhrc,bhcpn->bhrpn", across, torch.cat([state[:, :, None], written], 2))
+    y = M @ V + torch.einsum("bhcqn,bhcpn->bhcqp", Qh * into.exp()[..., None], states[:, :, :-1])
+    y = y if skip is None else y + skip[:, None, None, None] * V
+    return y.movedim(1, 3).reshape(B, C * size, H, P)[:, :L].to(v.dtype), states[:, :, -1]
+
+
+# The blocked form
+
+
+@dataclass
+class _Block:
+    """Where a block lies: some rows, tokens ``start`` to ``stop``, cut into ``n`` chunks a row, the first of index ``first``."""
+
+    rows: slice
+    start: int
+    stop: int
+    n: int
+    first: int
+
+
+def _blocks(B: int, L: int, size: int, elements: int) -> Iterator[list[_Block]]:
+    """For each set of rows, its blocks in order. Short rows go several together; a short last chunk is a block of its own."""
+    size = min(size, L)
+    even = L // size
+    n = max(1, min(even, MAX_CHUNKS, BLOCK_ELEMENTS // (size * elements)))
+    rows = max(1, BLOCK_ELEMENTS // (L * elements))
+    for b in range(0, B, rows):
+        some = slice(b, min(b + rows, B))
+        blocks = [_Block(some, c * size, min(c + n, even) * size, min(c + n, even) - c, c) for c in range(0, even, n)]
+        if even * size < L:
+            blocks.append(_Block(some, even * size, L, 1, even))
+        yield blocks
+
+
+class _Chunks:
+    """One block of chunks: its inputs as chunks, and what the forward and the backward both need of them.
+
+    Shapes: ``Z`` chunks in all (rows x chunks a row), ``T`` tokens each, groups ``G`` of ``h`` heads, ``H = G h``.
+    """
+
+    def __init__(
+        self,
+        block: _Block,
+        tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
+        skip: Tensor | None,
+        documents: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        q, k, v, g, log_input = tensors
+        self.block, self.dtype, self.skip = block, dtype, skip
+        self.R = len(range(*block.rows.indices(v.shape[0])))
+        self.n, self.Z = block.n, self.R * block.n
+        self.T = (block.stop - block.start) // block.n
+        (self.G, self.N), (self.H, self.P) = k.shape[2:], v.shape[2:]
+        self.h = self.H // self.G
+        self.q, self.k = self.per_group(q), self.per_group(k)  # (Z G, T, N)
+        self.v = self.chunks(v)  # (Z, T, H, P)
+        # Powers of two: exp2 is vectorised without a slow path for what underflows.
+        a = self.chunks(g).transpose(1, 2).cumsum(-1).mul_(LOG2_E)  # (Z, H, T)
+        s = a if log_input is None else a - self.chunks(log_input).transpose(1, 2).mul(LOG2_E)
+        self.decay = torch.sub(a[..., :, None], s[..., None, :]).exp2_().tril_()  # (Z, H, T, T)
+        self.total = a[..., -1].contiguous()  # (Z, H)
+        self.into = a.exp2()
+        self.out = torch.sub(self.total[..., None], s).exp2_()
+        ends = torch.zeros(self.R, self.H, self.n + 1, dtype=dtype)
+        torch.cumsum(self.total.view(self.R, self.n, self.H).transpose(1, 2), -1, out=ends[..., 1:])
+        self.across = torch.sub(ends[..., :, None], ends[..., None, :]).exp2_().tril_()  # (R, H, n + 1, n + 1)
+        if documents is not None:
+            self._cut(documents)
+        self.pairs = self.q @ self.k.mT  # (Z G, T, T)
+        M = self.decay.view(self.Z, self.G, self.h, self.T, self.T) * self.pairs.view(self.Z, self.G, 1, self.T, self.T)
+        self.M = M.view(self.Z * self.H, self.T, self.T)
+        if skip is not None:
+            self.M.view(self.Z, self.H, -1)[..., :: self.T + 1] += skip[:, None]
+
+    def _cut(self, documents: Tensor) -> None:
+        rows, i, j = self.block.rows, self.block.start, self.block.stop
+        inside = documents[rows, i:j].reshape(self.R, self.n, self.T)
+        # The document before position 0 is number 0, whatever was reset there.
+        before = documents[rows, i - 1] if i else torch.zeros_like(documents[rows, 0])
+        boundary = torch.cat([before[:, None], inside[..., -1]], 1)  # (R, n + 1)
+        first = boundary[:, :-1].reshape(self.Z, 1)
+        inside = inside.reshape(self.Z, self.T)
+        self.decay.masked_fill_((inside[:, :, None] != inside[:, None, :])[:, None], 0)
+        self.into.masked_fill_((inside != first)[:, None], 0)
+        self.out.masked_fill_((inside != inside[:, -1:])[:, None], 0)
+        self.across.masked_fill_((boundary[:, :, None] != boundary[:, None, :])[:, None], 0)
+
+    def slab(self, t: Tensor) -> Tensor:
+        return t[self.block.rows, self.block.start : self.block.stop]
+
+    def chunks(self, t: Tensor) -> Tensor:
+        """``(B, L, ...)`` to this block's ``(Z, T, ...)``, in the accumulation type."""
+        return self.slab(t).to(self.dtype).reshape(self.Z, self.T, *t.shape[2:])
+
+    def per_group(self, t: Tensor) -> Tensor:
+        """``(B, L, G, N)`` to ``(Z G, T, N)``."""
+        return self.chunks(t).transpose(1, 2).reshape(self.Z * self.G, self.T, -1)
+
+    def group(self, t: Tensor) -> Tensor:
+        """``(Z, T, H, P)`` to ``(Z G, T, h P)``: the heads of a group side by side."""
+        return t.reshape(self.Z, self.T, self.G, -1).transpose(1, 2).reshape(self.Z * self.G, self.T, -1)
+
+    def ungroup(self, t: Tensor) -> Tensor:
+        """``(Z G, T, h P)`` to ``(Z, T, H, P)``; a copy only where there are several groups."""
+        return t.view(self.Z, self.G, self.T, -1).transpose(1, 2).reshape(self.Z, self.T, self.H, self.P)
+
+    def head(self, t: Tensor) -> Tensor:
+        """``(Z, T, H, P)`` to ``(Z H, T, P)``; a copy only where there are several heads and several chunks."""
+        return t.transpose(1, 2).reshape(self.Z * self.H, self.T, self.P)
+
+    def unhead(self, t: Tensor) -> Tensor:
+        """``(Z H, T, P)`` to a view ``(Z, T, H, P)``."""
+        return t.view(self.Z, self.H, self.T, self.P).transpose(1, 2)
+
+    def per_token(self, t: Tensor) -> Tensor:
+        """``(Z, H, T)`` to a view ``(Z, T, H, 1)``."""
+        return t.transpose(1, 2).unsqueeze(-1)
+
+    def store(self, where: Tensor, t: Tensor) -> None:
+        self.slab(where).unflatten(1, (self.n, self.T)).copy_(t.unflatten(0, (self.R, self.n)))
+
+    def states(self, before: Tensor) -> Tensor:
+        """States at the ``n + 1`` boundaries ``(R, H, n + 1, P, N)``, from the one before the block ``(R, H, P, N)``."""
+        written = self.group(self.v * self.per_token(self.out)).mT @ self.k  # (Z G, h P, N)
+        return self._boundaries(self.across, before, written, 0)
+
+    def _boundaries(self, weights: Tensor, outer: Tensor, inner: Tensor, at: int) -> Tensor:
+        """Weighted sums over one state from outside (at index ``at``) and ``n`` of the chunks (in ``R, n, H`` order)."""
+        n, width = self.n, self.P * self.N
+        terms = torch.empty(self.R, self.H, n + 1, width, dtype=self.dtype)
+        terms[:, :, at] = outer.reshape(self.R, self.H, width)
+        chunks = inner.view(self.R, n, self.H, width).transpose(1, 2)
+        (terms[:, :, 1:] if at == 0 else terms[:, :, :n]).copy_(chunks)
+        summed = weights.view(-1, n + 1, n + 1) @ terms.view(-1, n + 1, width)
+        return summed.view(self.R, self.H, n + 1, self.P, self.N)
+
+    def per_chunk(self, boundaries: Tensor) -> Tensor:
+        """States ``(R, H, n, P, N)`` of a boundary a chunk to ``(Z G, h P, N)``."""
+        return boundaries.transpose(1, 2).reshape(self.Z * self.G, self.h * self.P, self.N)
+
+    def output(self, states: Tensor) -> Tensor:
+        """``y (Z, T, H, P)`` given the states before each chunk ``(Z G, h P, N)``."""
+        y = self.ungroup(self.q @ states.mT)
+        return torch.addcmul(self.unhead(self.M @ self.head(self.v)), y, self.per_token(self.into), out=y)
+
+    def returning(self, dy: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+        """``into * dy`` by group, and the states' gradients at the boundaries, given the one after the block."""
+        weighted = self.group(dy * self.per_token(self.into))
+        return weighted, self._boundaries(self.across.mT.contiguous(), after, weighted.mT @ self.q, self.n)
+
+
+class _ScalarDecay(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        log_input: Tensor | None,
+        skip: Tensor | None,
+        state: Tensor,
+        documents: Tensor | None,
+        size: int,
+    ) -> tuple[Tensor, Tensor]:
+        (B, L, H, P), N, dtype = v.shape, k.shape[-1], state.dtype
+        elements = H * (2 * min(size, L) + 3 * P + 2 * N)
+        y = torch.empty(v.shape, dtype=v.dtype)
+        keep = any(ctx.needs_input_grad)
+        size = min(size, L)
+        states = torch.empty(B, H, -(-L // size) + 1, P, N, dtype=dtype) if keep else None
+        final = torch.empty_like(state)
+        with torch.autocast("cpu", enabled=False):
+            for blocks in _blocks(B, L, size, elements):
+                S = state[blocks[0].rows]
+                for block in blocks:
+                    c = _Chunks(block, (q, k, v, g, log_input), skip, documents, dtype)
+                    boundaries = c.states(S)
+                    if states is not None:
+                        states[block.rows, :, block.first : block.first + block.n] = boundaries[:, :, :-1]
+                    c.store(y, c.output(c.per_chunk(boundaries[:, :, :-1])))
+                    S = boundaries[:, :, -1]
+                final[blocks[0].rows] = S
+                if states is not None:
+                    states[blocks[0].rows, :, -1] = S
+        # In a low precision the output is too coarse for the difference of products that gives the decay's gradient.
+        exact = y if y.dtype == dtype else None
+        ctx.save_for_backward(q, k, v, g, log_input, skip, states, documents, exact)
+        ctx.size, ctx.elements = size, elements
+        ctx.set_materialize_grads(False)
+        return y, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, g, log_input, skip, states, documents, y = ctx.saved_tensors
+        (B, L, H, P), N, dtype = v.shape, k.shape[-1], states.dtype
+        dy = torch.zeros_like(v) if dy is None else dy
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        dg = torch.empty_like(g)
+        dinput = None if log_input is None else torch.empty_like(log_input)
+        dskip = None if skip is None else torch.zeros_like(skip)
+        dstate = torch.zeros(B, H, P, N, dtype=dtype) if dfinal is None else dfinal.clone()
+        with torch.autocast("cpu", enabled=False):
+            for blocks in _blocks(B, L, ctx.size, ctx.elements):
+                dS = dstate[blocks[0].rows]
+                for block in reversed(blocks):
+                    c = _Chunks(block, (q, k, v, g, log_input), skip, documents, dtype)
+                    dS = _block_backward(c, dy, y, states, dS, dq, dk, dv, dg, dinput, dskip)
+                dstate[blocks[0].rows] = dS
+        if documents is not None:
+            # Nothing passes the decay of a document's first token.
+            first = torch.diff(documents, dim=1, prepend=torch.zeros_like(documents[:, :1])) != 0
+            dg.masked_fill_(first[..., None], 0)
+        return dq, dk, dv, dg, dinput, dskip, dstate, None, None
+
+
+def _block_backward(
+    c: _Chunks,
+    dy_all: Tensor,
+    y_all: Tensor | None,
+    states: Tensor,
+    dS: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dg: Tensor,
+    dinput: Tensor | None,
+    dskip: Tensor | None,
+) -> Tensor:
+    """Write a block's gradients in place; the gradient of the state before it, from that of the state after it."""
+    Z, T, H, G, h = c.Z, c.T, c.H, c.G, c.h
+    dy = c.chunks(dy_all)
+    saved = states[c.block.rows, :, c.block.first : c.block.first + c.n + 1]
+    S = c.per_chunk(saved[:, :, :-1])
+    y = c.output(S) if y_all is None else c.chunks(y_all)
+    dy_in, boundaries = c.returning(dy, dS)
+    after = boundaries[:, :, 1:]
+    dS_after = c.per_chunk(after)  # (Z G, h P, N)
+    v_out = c.group(c.v * c.per_token(c.out))
+
+    dy_head = c.head(dy)
+    value = c.ungroup(c.k @ dS_after.mT)
+    torch.addcmul(c.unhead(c.M.mT @ dy_head), value, c.per_token(c.out), out=value)
+    c.store(dv, value)
+
+    dM = dy_head @ c.head(c.v).mT  # (Z H, T, T)
+    own = dM.view(Z, H, -1)[..., :: T + 1].clone() if c.skip is not None else None  # dy_t . v_t
+    dpairs = dM.view(Z, G, h, T, T).mul_(c.decay.view(Z, G, h, T, T))
+    dpairs = (dpairs.sum(2) if h > 1 else dpairs).view(Z * G, T, T)
+    for where, t in (
+        (dq, torch.baddbmm(dpairs @ c.k, dy_in, S)),
+        (dk, torch.baddbmm(dpairs.mT @ c.q, v_out, dS_after)),
+    ):
+        c.store(where, t.view(Z, G, T, -1).transpose(1, 2))
+
+    given = (c.v * value).sum(-1)  # (Z, T, H)
+    da = (dy * y).sum(-1).sub_(given)
+    ends = (saved[:, :, 1:] * after).sum((-1, -2)).transpose(1, 2).reshape(Z, H)
+    da[:, -1] += ends
+    c.store(dg, da.flip(1).cumsum(1).flip(1))
+    if own is not None:
+        assert dskip is not None
+        assert c.skip is not None
+        own = own.transpose(1, 2)
+        dskip += own.sum((0, 1))
+        given = torch.addcmul(given, own, c.skip, value=-1)
+    if dinput is not None:
+        c.store(dinput, given)
+    return boundaries[:, :, 0]
