@@ -76,6 +76,7 @@ class PackedDataModule(pl.LightningDataModule):
         self._restored: dict[str, Any] | None = None
         self._dataset: PackedDataset | None = None
         self._samples: dict[tuple[str, bool], Samples] = {}
+        self._loaders: list[TrainLoader | EvaluationLoader] = []
 
     def samples(self, split: str, train: bool) -> Samples:
         """The samples of a split, decoded; with augmentation if ``train``."""
@@ -98,6 +99,11 @@ class PackedDataModule(pl.LightningDataModule):
         for split in needed.get(stage or "", self.dataset.splits):
             if split in self.dataset.splits:
                 self.dataset.split(split)
+
+    def teardown(self, stage: str | None = None) -> None:
+        """End the worker processes of the loaders that were made."""
+        while self._loaders:
+            self._loaders.pop().close()
 
     def _ranks(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
@@ -125,16 +131,18 @@ class PackedDataModule(pl.LightningDataModule):
                 self.num_workers, self._pins(), self._report,
             )  # fmt: skip
         sizes, batch = self.dataset.split("train").shard_sizes, self.batch_size * world
-        return TrainLoader(
+        loader = TrainLoader(
             samples, lambda epoch: epoch_order(sizes, self.seed, epoch, batch, WINDOW), self.batch_size, rank, world,
             self.position, self.num_workers, self._pins(), self._report,
         )  # fmt: skip
+        self._loaders.append(loader)
+        return loader
 
     def _evaluation(self, split: str) -> EvaluationLoader | list[Any]:
         if split not in self.dataset.splits:
             return []
         rank, world = self._ranks()
-        return EvaluationLoader(
+        loader = EvaluationLoader(
             self._cached_samples(split, False),
             self.eval_batch_size,
             rank,
@@ -143,6 +151,8 @@ class PackedDataModule(pl.LightningDataModule):
             self._pins(),
             self._report,
         )
+        self._loaders.append(loader)
+        return loader
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
         """Every validation sample once over all ranks (no batches if there is no such split)."""

@@ -107,6 +107,18 @@ class _Loader:
                 self._report(problems)
             yield batch
 
+    def close(self) -> None:
+        """End the worker processes now; the next iteration starts new ones.
+
+        Left to the garbage collector, the queues to the workers may be taken down before the workers have been told to
+        end, and each is then waited for in vain for five seconds.
+        """
+        iterator: Any = self._inner._iterator
+        self._inner._iterator = None
+        self._plan.batches = ()
+        if iterator is not None:
+            iterator._shutdown_workers()
+
 
 class TrainLoader(_Loader):
     """One rank's training batches, epoch after epoch; an iteration is one epoch, or the rest of a resumed one.

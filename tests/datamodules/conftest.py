@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-
 from mmlong.datamodules.pack import pack_images
 from mmlong.datamodules.packed import PackedDataset
 from mmlong.datamodules.sources import ImageSource, Item
+from PIL import Image
 
 
 def picture(seed: int, height: int = 8, width: int = 8, channels: int = 1) -> Image.Image:
@@ -24,7 +23,8 @@ def picture(seed: int, height: int = 8, width: int = 8, channels: int = 1) -> Im
 def synthetic(count: int, classes: int = 3, **options: int) -> ImageSource:
     """A source of ``count`` random images, labelled in turn."""
     items = [
-        Item(f"made/{number}.png", {"label": number % classes}, partial(picture, number, **options)) for number in range(count)
+        Item(f"made/{number}.png", {"label": number % classes}, partial(picture, number, **options))
+        for number in range(count)
     ]
     names = tuple(f"class {number}" for number in range(classes))
     return ImageSource("synthetic", "made up", "none needed", {"label": names}, "label", items)

@@ -10,10 +10,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from torch import nn
-
 from mmlong.datamodules.images import ImageDataModule
 from mmlong.datamodules.packed import PackedDataset
+from torch import nn
 
 
 class RNGStateCallback(pl.Callback):
@@ -63,13 +62,18 @@ def train(
     if ema:
         callbacks.append(EMAWeightAveraging(decay=0.9))
     if save:
-        callbacks.append(ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False))
+        callbacks.append(
+            ModelCheckpoint(
+                root, filename="{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False
+            )
+        )
     trainer = pl.Trainer(
         accelerator="cpu", callbacks=callbacks, logger=False, enable_checkpointing=save, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=root, num_sanity_val_steps=1, **{"max_epochs": 3, **options},
     )  # fmt: skip
     module = ImageDataModule(
-        str(folder), **{"batch_size": 4, "num_workers": workers, "seed": 5, "augment": ["hflip", "shift:1"], **(data or {})}
+        str(folder),
+        **{"batch_size": 4, "num_workers": workers, "seed": 5, "augment": ["hflip", "shift:1"], **(data or {})},
     )
     trainer.fit(net, module, ckpt_path=checkpoint, weights_only=True)
     return net
