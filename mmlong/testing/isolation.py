@@ -45,10 +45,10 @@ def eval_is_deterministic(s: Subject) -> None:
     with torch.no_grad():
         torch.manual_seed(11)
         before = torch.get_rng_state()
-        y, _ = s.run(module, x)
+        y, _ = s.run(module, x.clone())
         drew = not torch.equal(before, torch.get_rng_state())
         torch.manual_seed(12)
-        again, _ = s.run(module, x)
+        again, _ = s.run(module, x.clone())
     s.agree(again, y, "two equal calls in eval", tol=0.0)
     if drew:
         s.fail("a call in eval drew from the global random generator")
@@ -61,6 +61,7 @@ def rows_are_independent(s: Subject) -> None:
         x, more = s.tokens(3, length), s.tokens(3, 17, seed=1)
         with torch.no_grad():
             y, state = s.run(module, x)
+            batch_comes_first(s, state, 3, f"a batch of 3 (L = {length})")
             for b in range(3):
                 row = slice(b, b + 1)
                 alone, own = s.run(module, x[row])

@@ -7,7 +7,8 @@ says which there are, in which order, and to whom each applies. A property is sk
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +41,8 @@ class Property:
 # In the order of what a failure of one says about the next: rows before time, time before state, state before layouts.
 PROPERTIES: tuple[Property, ...] = (
     Property("manners", module.manners),
-    Property("arguments", isolation.arguments_are_left_alone),
     Property("determinism", isolation.eval_is_deterministic),
+    Property("arguments", isolation.arguments_are_left_alone),
     Property("rows", isolation.rows_are_independent),
     Property("causality", causality.no_leak_from_the_future, lambda s: s.causal),
     Property("both sides", causality.both_sides_are_seen, lambda s: not s.causal),
@@ -119,7 +120,7 @@ def check_mixer(
     place = torch.device(device)
     ran: list[str] = []
     subjects = [Subject(name, build, traits, dim, place) for dim in dims]
-    with torch.random.fork_rng(), torch.enable_grad():
+    with torch.random.fork_rng(), torch.enable_grad(), _one_thread():
         for entry in PROPERTIES:
             if entry.name not in wanted:
                 continue
@@ -132,6 +133,17 @@ def check_mixer(
                 if entry.name not in ran:
                     ran.append(entry.name)
     return tuple(ran)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """The tensors of a check are small: threads would mostly wait for one another, and much longer on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _wanted(only: str | Iterable[str] | None) -> tuple[str, ...]:
