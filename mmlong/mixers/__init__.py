@@ -14,6 +14,7 @@ from mmlong.mixers.contract import (
     register_mixer,
     require_streaming,
 )
+from mmlong.mixers.mamba2 import Mamba2
 from mmlong.mixers.state import (
     State,
     detach_state,
@@ -27,6 +28,7 @@ from mmlong.mixers.state import (
 
 __all__ = [
     "MIXERS",
+    "Mamba2",
     "Mixer",
     "State",
     "Traits",

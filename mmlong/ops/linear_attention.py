@@ -127,7 +127,10 @@ def scalar_decay_attention(
         g = torch.where(there, g, 0)
         log_input = torch.where(there, g.new_zeros(()) if log_input is None else log_input, -math.inf)
         k, v = torch.where(there[..., None], k, 0), torch.where(there[..., None], v, 0)
-    documents = None if layout is None else layout.documents()
+    documents = None
+    if layout is not None and layout.resets is not None:
+        # A document that would begin in the padding has not begun.
+        documents = (layout.resets if valid is None else layout.resets & valid).long().cumsum(1)
     size = chunk or default_chunk(H, N, P)
     if L == 1 and documents is None and not torch.is_grad_enabled():
         return _one_token(q, k, v, g, log_input, skip, state)

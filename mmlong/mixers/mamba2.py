@@ -1,0 +1,181 @@
+"""Mamba-2: a selective state space with one scalar decay a head, run as chunked linear attention.
+
+Follows Dao & Gu 2024, "Transformers are SSMs" (arXiv 2405.21060), the block of its section 7:
+
+    z, (x, B, C), dt = W_in u                        one projection
+    x, B, C = silu(short causal convolution)         width 4, depthwise
+    dt = softplus(dt + bias);  A = -exp(A_log)       one of each a head
+    S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T;   y_t = S_t C_t + D x_t
+    out = W_out RMSNorm(y * silu(z))                 a norm per group
+
+``B`` and ``C`` are shared by the heads of a group. Departures: the state size defaults to 64 (the paper trains 128 and 64), less for narrow mixers; ``dt`` is
+not clamped above. The work of a block of tokens is done while it is in the cache (:mod:`mmlong.ops.blockwise`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmlong.layout import Layout
+from mmlong.mixers.contract import Mixer, register_mixer
+from mmlong.mixers.state import State
+from mmlong.ops.blockwise import blockwise
+from mmlong.ops.gated_norm import gated_rms_norm
+from mmlong.ops.linear_attention import scalar_decay_attention
+from mmlong.ops.short_conv import short_conv
+
+BLOCK_ELEMENTS = 1 << 21
+"""Elements of projected tokens in a block."""
+
+
+@register_mixer(
+    "mamba2",
+    paper="Dao & Gu 2024, arXiv 2405.21060",
+    state="constant",
+    cost="n",
+    note="proved against transformers' Mamba-2 mixer, weights copied; d_state 64 by default, smaller below dim 64",
+)
+class Mamba2(Mixer):
+    """The Mamba-2 mixer.
+
+    Args:
+        dim: width D.
+        causal: always true; see both sides with direction ``both`` or ``alternate``.
+        expand: inner width over ``dim``.
+        d_state: columns N of a head's state; ``None`` for 64, or ``dim`` down to 8 where that is less.
+        headdim: channels P of a head; ``None`` for 64, or the inner width where that is less or not divisible.
+        ngroups: groups of heads that share B and C, and of channels that share a norm.
+        d_conv: taps of the short convolution.
+        chunk: tokens a chunk of the recurrence's fast form; ``None`` chooses by the sizes.
+
+    Raises:
+        ValueError: an inner width, head width and number of groups that do not divide each other.
+    """
+
+    optim_hints: ClassVar[dict[str, dict[str, float]]] = {
+        "A_log": {"weight_decay": 0.0},
+        "dt_bias": {"weight_decay": 0.0},
+        "D": {"weight_decay": 0.0},
+        "norm_weight": {"weight_decay": 0.0},
+        "conv_bias": {"weight_decay": 0.0},
+    }
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        causal: bool = True,
+        expand: float = 2,
+        d_state: int | None = None,
+        headdim: int | None = None,
+        ngroups: int = 1,
+        d_conv: int = 4,
+        chunk: int | None = None,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__(dim, causal=causal)
+        inner = round(expand * dim)
+        if headdim is None:
+            headdim = 64 if inner % 64 == 0 else inner
+        d_state = max(8, min(64, dim)) if d_state is None else d_state
+        if inner < 1 or headdim < 1 or inner % headdim or (inner // headdim) % ngroups:
+            raise ValueError(
+                f"mamba2: inner width {inner} (expand x dim) must divide into heads of {headdim}, and its "
+                f"{inner / headdim:g} heads into {ngroups} groups: choose headdim and ngroups accordingly"
+            )
+        if d_state < 1 or d_conv < 1 or (chunk is not None and chunk < 1):
+            raise ValueError(f"mamba2: d_state {d_state}, d_conv {d_conv} and chunk {chunk} must be at least 1")
+        self.inner, self.headdim, self.heads = inner, headdim, inner // headdim
+        self.d_state, self.ngroups, self.d_conv, self.chunk, self.norm_eps = d_state, ngroups, d_conv, chunk, norm_eps
+        self.conv_dim = inner + 2 * ngroups * d_state
+        self.in_proj = nn.Linear(dim, inner + self.conv_dim + self.heads, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(self.conv_dim, d_conv))
+        self.conv_bias = nn.Parameter(torch.empty(self.conv_dim))
+        self.dt_bias = nn.Parameter(torch.empty(self.heads))
+        self.A_log = nn.Parameter(torch.empty(self.heads))
+        self.D = nn.Parameter(torch.ones(self.heads))
+        self.norm_weight = nn.Parameter(torch.ones(inner))
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The paper's initial values: dt log-uniform in [1e-3, 1e-1], A uniform in [-16, -1], the convolution as torch's."""
+        bound = self.d_conv**-0.5
+        nn.init.uniform_(self.conv_weight, -bound, bound)
+        nn.init.uniform_(self.conv_bias, -bound, bound)
+        dt = torch.exp(torch.empty(self.heads).uniform_(math.log(1e-3), math.log(1e-1)))
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus undone
+        self.A_log.copy_(torch.empty(self.heads).uniform_(1, 16).log())
+
+    def state_bytes(self, length: int) -> int:
+        return 4 * ((self.d_conv - 1) * self.conv_dim + self.heads * self.headdim * self.d_state)
+
+    def mix(self, x: Tensor, state: State, layout: Layout | None) -> tuple[Tensor, State]:
+        B, L, _ = x.shape
+        if state is None:
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            tail = x.new_zeros(B, self.d_conv - 1, self.conv_dim, dtype=dtype)
+            ssm = x.new_zeros(B, self.heads, self.headdim, self.d_state, dtype=dtype)
+        else:
+            tail, ssm = state["conv"], state["ssm"]
+        tokens = max(256, BLOCK_ELEMENTS // self.in_proj.out_features)
+        plain = x.device.type != "cpu" or torch.compiler.is_compiling() or tokens >= B * L
+        if plain:
+            y, (tail, ssm) = self._piece(x, (tail, ssm), self._weights(), layout)
+        else:
+            y, (tail, ssm) = blockwise(self._piece, x, (tail, ssm), self._weights(), layout, tokens)
+        return y, {"conv": tail, "ssm": ssm}
+
+    def _weights(self) -> tuple[Tensor, ...]:
+        return (
+            self.in_proj.weight,
+            self.conv_weight,
+            self.conv_bias,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            self.norm_weight,
+            self.out_proj.weight,
+        )
+
+    def _piece(
+        self, x: Tensor, state: tuple[Tensor, ...], weights: tuple[Tensor, ...], layout: Layout | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        w_in, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, w_out = weights
+        tail, ssm = state
+        # Three products instead of one and a split: each result has contiguous rows.
+        w_gate, w_conv, w_dt = w_in.split([self.inner, self.conv_dim, self.heads])
+        z, u, dt = F.linear(x, w_gate), F.linear(x, w_conv), F.linear(x, w_dt)
+        u, tail = short_conv(u, conv_weight, conv_bias, tail, layout, "silu")
+        v, k, q = u.split([self.inner, *[self.ngroups * self.d_state] * 2], dim=-1)
+        g, log_dt = _discretise(dt, dt_bias, A_log)
+        y, ssm = scalar_decay_attention(
+            q.unflatten(-1, (self.ngroups, -1)),
+            k.unflatten(-1, (self.ngroups, -1)),
+            v.unflatten(-1, (self.heads, -1)),
+            g,
+            log_dt,
+            D,
+            ssm,
+            layout,
+            self.chunk,
+        )
+        y = gated_rms_norm(y.flatten(2), z, norm_weight, self.ngroups, self.norm_eps)
+        return F.linear(y, w_out), (tail, ssm)
+
+
+def _discretise(dt: Tensor, bias: Tensor, A_log: Tensor) -> tuple[Tensor, Tensor]:
+    """Log decay ``dt A`` and ``log dt``, of ``dt = softplus(raw + bias)``, in at least float32."""
+    dtype = torch.promote_types(dt.dtype, torch.float32)
+    raw = dt.to(dtype) + bias.to(dtype)
+    positive = F.softplus(raw)
+    # Far below zero softplus is exp, and its logarithm the argument itself; there the quotient of its derivative is 0 / 0.
+    low = raw < -15
+    log = torch.where(low, raw, torch.where(low, 1.0, positive).log())
+    return -positive * A_log.to(dtype).exp(), log
