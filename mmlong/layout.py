@@ -53,7 +53,7 @@ def scan_order(grid: tuple[int, ...], order: str = "raster") -> Tensor:
         for axis in range(1, len(grid)):
             lines = torch.zeros_like(raster)
             for slower in range(axis):
-                lines = lines * grid[slower] + shown[:, slower]
+                lines = lines * grid[slower] + coordinates[:, slower]
             turned = lines % 2 == 1
             shown[:, axis] = torch.where(turned, grid[axis] - 1 - coordinates[:, axis], coordinates[:, axis])
         strides = torch.tensor([math.prod(grid[a + 1 :]) for a in range(len(grid))])
