@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from mmlong.experiments.resume.checkpoints import PARTIAL, newest_whole
+from mmlong.training.checkpoints import PARTIAL, newest_whole
 from safetensors.torch import load_file
 
 POLL = 0.005  # seconds

@@ -20,8 +20,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from mmlong.datamodules.images import ImageDataModule
 from mmlong.datamodules.pack import pack_images
 from mmlong.datamodules.sources import ImageSource, Item
-from mmlong.experiments.resume.checkpoints import AtomicCheckpointIO, newest_whole
-from mmlong.experiments.resume.rng import RNGStateCallback
+from mmlong.training.checkpoints import AtomicCheckpointIO, newest_whole
+from mmlong.training.rng import RNGStateCallback
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn

@@ -1,0 +1,121 @@
+"""Classification: one label a sequence."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassConfusionMatrix
+
+from mmlong.backbone import BackboneConfig
+from mmlong.tasks.base import Task
+from mmlong.training.optim import OptimConfig
+
+
+class ClassifyTask(Task):
+    """Cross-entropy training of a classifier, with accuracy, balanced accuracy and area under the ROC curve.
+
+    Args:
+        modality, backbone, head, optim, compile, data_info: see :class:`mmlong.tasks.base.Task`.
+        class_weights: ``balanced`` weighs each class by its inverse frequency in training.
+        label_smoothing: share of the target spread over all classes.
+    """
+
+    def __init__(
+        self,
+        modality: dict[str, Any],
+        backbone: BackboneConfig,
+        head: dict[str, Any] | None = None,
+        optim: OptimConfig | None = None,
+        compile: bool = False,
+        class_weights: Literal["none", "balanced"] = "none",
+        label_smoothing: float = 0.0,
+        data_info: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(modality, backbone, head or {"name": "classify"}, optim, compile, data_info)
+        self.class_weights = class_weights
+        self.label_smoothing = label_smoothing
+        self.weights: Tensor | None = None
+        classes = int(self.model.config["head"]["num_classes"])
+        self.num_classes = classes
+        metrics = MetricCollection(
+            {
+                "accuracy": MulticlassAccuracy(classes, average="micro"),
+                "balanced_accuracy": MulticlassAccuracy(classes, average="macro"),
+                "auc": MulticlassAUROC(classes),
+            }
+        )
+        self.val_metrics = metrics.clone(prefix="val/")
+        self.test_metrics = metrics.clone(prefix="test/")
+        self.confusion = MulticlassConfusionMatrix(classes)
+        self.test_rows: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def setup(self, stage: str) -> None:
+        """Take the class weights from the packed training data."""
+        super().setup(stage)
+        if self.class_weights == "balanced" and stage == "fit":
+            self.weights = self.trainer.datamodule.class_weights  # type: ignore[attr-defined]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Raw tensors to logits ``(B, num_classes)``."""
+        tokens, layout = self.model.encode(image)
+        return self.model(tokens, None, layout)[0].float()
+
+    def loss(self, logits: Tensor, label: Tensor) -> Tensor:
+        """Mean cross-entropy in nats."""
+        weights = None if self.weights is None else self.weights.to(logits)
+        return F.cross_entropy(logits, label, weight=weights, label_smoothing=self.label_smoothing)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """One step; a sample of weight 0 (a skipped one) does not count."""
+        keep = self.counted(batch)
+        if not keep.all():
+            batch = {key: value[keep] for key, value in batch.items()}
+        logits = self(batch["image"])
+        loss = self.loss(logits, batch["label"])
+        accuracy = (logits.argmax(-1) == batch["label"]).float().mean()
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/accuracy", accuracy)
+        return loss
+
+    def _evaluate(self, batch: dict[str, Tensor], metrics: MetricCollection, stage: str) -> Tensor:
+        logits, keep = self(batch["image"]), self.counted(batch)
+        metrics.update(logits[keep], batch["label"][keep])
+        if keep.any():
+            loss = F.cross_entropy(logits[keep], batch["label"][keep])
+            self.log(f"{stage}/loss", loss, on_epoch=True, batch_size=int(keep.sum()), sync_dist=True)
+        return logits
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Count a batch."""
+        self._evaluate(batch, self.val_metrics, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        """Metrics over every sample once."""
+        self.log_dict(self.val_metrics.compute(), prog_bar=True)
+        self.val_metrics.reset()
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Count a batch and keep what the pictures need."""
+        logits, keep = self._evaluate(batch, self.test_metrics, "test"), self.counted(batch)
+        self.confusion.update(logits[keep], batch["label"][keep])
+        self.test_rows.append((batch["index"][keep].cpu(), batch["label"][keep].cpu(), logits[keep].softmax(-1).cpu()))
+
+    def on_test_epoch_start(self) -> None:
+        """Forget an earlier test."""
+        self.test_rows.clear()
+        self.confusion.reset()
+
+    def on_test_epoch_end(self) -> None:
+        """Metrics over every sample once."""
+        self.log_dict(self.test_metrics.compute())
+        self.test_metrics.reset()
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Sample ids, labels and class probabilities of the samples that count."""
+        keep = self.counted(batch)
+        probability = torch.softmax(self(batch["image"]), -1)
+        return {"index": batch["index"][keep], "label": batch["label"][keep], "probability": probability[keep]}
