@@ -195,7 +195,6 @@ def test_a_pooled_grid_stays_a_grid_where_groups_are_blocks(
 @pytest.mark.parametrize(
     ("grid", "order", "k"),
     [
-        ((6, 6), "morton", 4),
         ((4, 4), "morton", 2),
         ((4, 6), "raster", 4),
         ((4, 4), "hilbert", 4),
