@@ -23,6 +23,7 @@ def no_leak_from_the_future(s: Subject) -> None:
     """Outputs do not depend on later tokens, by value and by gradient."""
     _probe(s, 257, list(range(257)), rows=64)
     _probe(s, 1031, LONG_EDGES, rows=8)
+    _probe_in_training(s)
 
 
 def _probe(s: Subject, length: int, positions: list[int], rows: int) -> None:
@@ -57,6 +58,20 @@ def _probe(s: Subject, length: int, positions: list[int], rows: int) -> None:
                 float(gradient[i].abs().max()),
                 f"the output at position {int(some[i])} has a gradient to later inputs (L = {length})",
             )
+
+
+def _probe_in_training(s: Subject) -> None:
+    """What is normalised by a running statistic in eval may be normalised by the sequence's own in training."""
+    module = s.module(fresh=True).train()
+    x = s.tokens(2, 70).requires_grad_()
+    y, _ = s.run(module, x)
+    (gradient,) = torch.autograd.grad(y[:, 29], x, s.tokens(2, 1, seed=2)[:, 0])
+    s.silent(
+        gradient[:, 30:],
+        float(gradient.abs().max()),
+        "in training, the output at position 29 has a gradient to later inputs (L = 70)",
+        start=30,
+    )
 
 
 def both_sides_are_seen(s: Subject) -> None:

@@ -49,7 +49,7 @@ PROPERTIES: tuple[Property, ...] = (
     Property("pieces", streaming.whole_is_pieces, lambda s: s.streaming),
     Property("padding", layouts.padding_changes_nothing, lambda s: s.traits.padding),
     Property("resets", layouts.resets_separate, lambda s: s.traits.resets),
-    Property("grid", streaming.grid_in_pieces, lambda s: s.traits.grid),
+    Property("grid", streaming.grid_is_read_or_ignored),
     Property("gradients", gradients.gradients_are_right),
     Property("segments", gradients.segments_give_the_whole_gradient, lambda s: s.streaming),
     Property("state", streaming.state_is_as_declared),

@@ -32,7 +32,9 @@ def bfloat16_autocast_works(s: Subject) -> None:
             s.finite(t, f"tensor {i} of the state")
     with torch.no_grad(), torch.autocast(s.device.type, dtype=torch.bfloat16):
         pieces, _ = s.in_pieces(module, x, [1, 100, 1, 155])
+        single, _ = s.in_pieces(module, x, [1] * 257)
     _near(s, pieces, y, BF16_OUTPUT, "outputs in pieces of [1, 100, 1, 155]")
+    _near(s, single, y, BF16_OUTPUT, "outputs one token at a time")
 
 
 def large_and_flat_inputs_are_finite(s: Subject) -> None:

@@ -75,17 +75,20 @@ def _form(state: State) -> object:
     return (tuple(state.shape), str(state.dtype)) if isinstance(state, Tensor) else state
 
 
-def grid_in_pieces(s: Subject) -> None:
-    """A mixer that reads the grid gives the same with the cells' coordinates as positions, and, if it streams, in pieces."""
+def grid_is_read_or_ignored(s: Subject) -> None:
+    """A mixer that reads the grid gives the same with the cells' coordinates as positions, and in pieces; any other, as without."""
     module = s.module()
     grid = (7, 9)
     layout = Layout(grid=grid, order="serpentine")
     x = s.tokens(2, math.prod(grid))
+    cells = layout.coordinates(x.shape[1], s.device).expand(2, -1, -1).contiguous()
     with torch.no_grad():
         y, _ = s.run(module, x, None, layout, "with a grid")
-        as_positions = Layout(positions=layout.coordinates(x.shape[1], s.device).expand(2, -1, -1).contiguous())
-        other, _ = s.run(module, x, None, as_positions, "with the grid's coordinates as positions")
-        s.agree(other, y, "the grid's coordinates given as positions against the grid")
+        as_positions, _ = s.run(module, x, None, Layout(positions=cells), "with the grid's coordinates as positions")
+        s.agree(as_positions, y, "the grid's coordinates given as positions against the grid")
+        if not s.traits.grid:
+            without, _ = s.run(module, x)
+            s.agree(y, without, "with a grid, which its traits say it does not read, against without")
         if s.streaming:
             pieces, _ = s.in_pieces(module, x, [1, 20, 42], layout=layout)
             s.agree(pieces, y, "in pieces of [1, 20, 42] with a grid against the whole")

@@ -15,13 +15,13 @@ from mmlong.testing.example import DecayingSum
 
 @pytest.mark.slow
 def test_the_sound_twin_passes_everything() -> None:
-    assert set(check_mixer(DecayingSum)) == set(PROPERTY_NAMES) - {"both sides", "grid"}
+    assert set(check_mixer(DecayingSum)) == set(PROPERTY_NAMES) - {"both sides"}
 
 
 @pytest.mark.slow
 def test_the_sound_two_sided_twin_passes_everything() -> None:
     ran = check_mixer(DecayingSum, options={"causal": False})
-    assert set(ran) == set(PROPERTY_NAMES) - {"causality", "pieces", "segments", "grid"}
+    assert set(ran) == set(PROPERTY_NAMES) - {"causality", "pieces", "segments"}
 
 
 class Pointwise(Mixer):
@@ -137,6 +137,8 @@ def test_grids() -> None:
     for faulty in ("restarts", "scaled"):
         with pytest.raises(ConformanceError, match="grid: "):
             check_mixer(type("Faulty", (ReadsPositions,), {"faulty": faulty}), only="grid")
+    with pytest.raises(ConformanceError, match=r"grid: with a grid, which its traits say it does not read"):
+        check_mixer(type("Undeclared", (ReadsPositions,), {"traits": DecayingSum.traits}), only="grid")
 
 
 def test_the_message_says_where_and_by_how_much() -> None:
