@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -9,35 +10,68 @@ import pytest
 from mmlong.mixers import MIXERS, list_mixers
 from mmlong.testing import PROPERTY_NAMES, check_mixer
 
-# Beside the defaults: options that bring windows, blocks and chunks within the lengths that are checked.
-NEARER: dict[str, list[dict[str, Any]]] = {}
 
-SLOW = {"compile", "export"}
+@dataclass(frozen=True)
+class Nearer:
+    """A variant that brings windows, chunks, blocks and several heads within the lengths and widths that are checked.
+
+    Attributes:
+        options: for the mixer.
+        constants: module-level sizes (``module.NAME``) to set for the test.
+    """
+
+    options: dict[str, Any]
+    constants: dict[str, int] = field(default_factory=dict)
 
 
-def forms() -> list[Any]:
-    """(name, options) of every form of every mixer, as test parameters."""
+NEARER: dict[str, Nearer] = {
+    "mamba2": Nearer(
+        {"headdim": 8, "ngroups": 2, "chunk": 16},
+        {
+            "mmlong.mixers.mamba2.BLOCK_ELEMENTS": 1 << 13,
+            "mmlong.ops.linear_attention.BLOCK_ELEMENTS": 1 << 13,
+            "mmlong.ops.short_conv.BLOCK_ELEMENTS": 1 << 13,
+        },
+    ),
+    "s4d": Nearer({"chunk": 8, "d_state": 6, "init": "legs"}),
+}
+
+SLOW = ("compile", "export")
+DEFAULT_ONLY = ("cost", "compile", "export")
+"""What says little about a mixer cut down to tiny blocks."""
+
+
+def cases() -> list[Any]:
+    """(name, options, constants, property), as test parameters."""
     found = []
     for name in list_mixers():
         traits = MIXERS[name].traits
-        for options in [{}, *NEARER.get(name, [])]:
+        for variant in (None, NEARER[name]) if name in NEARER else (None,):
             for causal in (True, False):
-                if traits.causal if causal else traits.bidirectional:
-                    told = [name, "causal" if causal else "two-sided", *(f"{k}={v}" for k, v in options.items())]
-                    found.append(pytest.param(name, {"causal": causal, **options}, id="-".join(told)))
+                if not (traits.causal if causal else traits.bidirectional):
+                    continue
+                form = "-".join([name, "causal" if causal else "two-sided", *(["nearer"] if variant else [])])
+                for prop in PROPERTY_NAMES:
+                    if variant and prop in DEFAULT_ONLY:
+                        continue
+                    options = {"causal": causal, **(variant.options if variant else {})}
+                    constants = variant.constants if variant else {}
+                    slow = prop in SLOW or (variant and prop == "causality")
+                    marks = pytest.mark.slow if slow else ()
+                    found.append(pytest.param(name, options, constants, prop, id=f"{form}-{prop}", marks=marks))
     return found
 
 
-def properties() -> list[Any]:
-    return [pytest.param(p, marks=pytest.mark.slow) if p in SLOW else p for p in PROPERTY_NAMES]
-
-
-@pytest.mark.parametrize("prop", properties())
-@pytest.mark.parametrize(("name", "options"), forms())
-def test_conformance(name: str, options: dict[str, Any], prop: str) -> None:
-    if not check_mixer(name, options=options, only=prop):
+@pytest.mark.parametrize(("name", "options", "constants", "prop"), cases())
+def test_conformance(
+    name: str, options: dict[str, Any], constants: dict[str, int], prop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place, value in constants.items():
+        monkeypatch.setattr(place, value)
+    dims = (16,) if constants or len(options) > 1 else (16, 32)
+    if not check_mixer(name, options=options, only=prop, dims=dims):
         pytest.skip(f"the traits of {name} exclude {prop!r} here")
 
 
-def test_nearer_options_name_registered_mixers() -> None:
+def test_nearer_variants_are_of_registered_mixers() -> None:
     assert set(NEARER) <= set(list_mixers())
