@@ -15,6 +15,7 @@ from mmlong.mixers.contract import (
     require_streaming,
 )
 from mmlong.mixers.mamba2 import Mamba2
+from mmlong.mixers.s4d import S4D
 from mmlong.mixers.state import (
     State,
     detach_state,
@@ -28,6 +29,7 @@ from mmlong.mixers.state import (
 
 __all__ = [
     "MIXERS",
+    "S4D",
     "Mamba2",
     "Mixer",
     "State",
