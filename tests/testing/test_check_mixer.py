@@ -77,8 +77,33 @@ class RunningMax(Mixer):
         return self.map(top + x.relu()), every
 
 
+class ByFourier(Mixer):
+    """A gated long convolution by FFT, whose rounding reaches everywhere, the future included."""
+
+    traits = Traits(paper="none", state="growing", cost="n log n", padding=False, resets=False)
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.map = nn.Linear(dim, 2 * dim)
+        self.rate = nn.Parameter(torch.linspace(-4.0, -1.0, dim))
+
+    def state_bytes(self, length):
+        return 4 * self.dim * length
+
+    def mix(self, x, state, layout):
+        gate, v = self.map(x).chunk(2, -1)
+        v = v if v.dtype == torch.float64 else v.float()
+        past = 0 if state is None else state.shape[1]
+        every = v if state is None else torch.cat([state, v], 1)
+        length = every.shape[1]
+        kernel = torch.exp(-self.rate.exp() * torch.arange(length, dtype=v.dtype)[:, None])
+        spectrum = torch.fft.rfft(every, 2 * length, 1) * torch.fft.rfft(kernel, 2 * length, 0)
+        y = torch.fft.irfft(spectrum, 2 * length, 1)[:, past:length]
+        return gate * y.to(gate.dtype), every.clone()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("cls", [Pointwise, MeanOfAll, RunningMax])
+@pytest.mark.parametrize("cls", [Pointwise, MeanOfAll, RunningMax, ByFourier])
 def test_other_sound_mixers_pass(cls: type[Mixer]) -> None:
     ran = check_mixer(cls)
     assert ("padding" in ran) == cls.traits.padding
