@@ -1,7 +1,7 @@
 """A folder of images as a source: one sub-folder a class, or a CSV of file, label.
 
 ``IN/cat/1.jpg`` is a ``cat``. If the sub-folders of ``IN`` are ``train`` and any of ``val``, ``test``, these are the splits and
-the classes are inside them. A CSV has a header row ``file,label`` (and ``split``, if it says), paths relative to
+the classes are inside them; a split that has no folder is taken from ``train``. A CSV has a header row ``file,label`` (and ``split``, if it says), paths relative to
 ``IN``; any further column is carried into the sample's JSON.
 """
 
@@ -50,7 +50,7 @@ Row = tuple[Path, str, str | None, dict[str, str]]
 def _from_folders(folder: Path) -> list[Row]:
     tops = {path.name for path in folder.iterdir() if path.is_dir()}
     if "train" in tops and tops <= set(SPLITS):
-        return [row for split in sorted(tops) for row in _classes(folder / split, split)]
+        return [row for split in sorted(tops) for row in _classes(folder / split, None if split == "train" else split)]
     return _classes(folder, None)
 
 

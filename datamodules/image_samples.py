@@ -94,8 +94,8 @@ class ImageSamples:
         self.split = dataset.split(split)
         self.reader = IndexedReader(self.split)
         self.label = label
-        self.labels = self.split.labels[label]
         self.classes = len(dataset.classes(label))
+        self.labels = self.split.labels[label]
         image = dataset.manifest["image"]
         self.shape = (image["channels"], image["height"], image["width"])
         self.augment = augment

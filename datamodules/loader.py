@@ -53,6 +53,30 @@ class Position:
     begun: bool = False
 
 
+Fetched = tuple[Batch, list[DataError]] | DataError
+
+
+def fetched(fetch: Callable[[], tuple[Batch, list[DataError]]]) -> Fetched:
+    """What ``fetch`` gives, or the fault it met, as a value.
+
+    Raised in a worker, it would reach the main process as a ``RuntimeError`` that holds a printed traceback.
+    """
+    try:
+        return fetch()
+    except DataError as error:
+        return error
+
+
+def handed_out(result: Fetched, report: Callable[[list[DataError]], None]) -> Batch:
+    """The batch of what was fetched, in the main process: raises the fault, or reports what was skipped."""
+    if isinstance(result, DataError):
+        raise result
+    batch, problems = result
+    if problems:
+        report(problems)
+    return batch
+
+
 class _Fetching:
     """`Samples` as a dataset of torch's `DataLoader`: one item is one whole batch."""
 
@@ -62,8 +86,8 @@ class _Fetching:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, places: list[Place]) -> tuple[Batch, list[DataError]]:
-        return self.samples.fetch(places)
+    def __getitem__(self, places: list[Place]) -> Fetched:
+        return fetched(lambda: self.samples.fetch(places))
 
 
 class _Plan:
@@ -79,8 +103,8 @@ class _Plan:
         return 0
 
 
-def _as_is(fetched: tuple[Batch, list[DataError]]) -> tuple[Batch, list[DataError]]:
-    return fetched
+def _as_is(result: Fetched) -> Fetched:
+    return result
 
 
 class _Loader:
@@ -102,10 +126,8 @@ class _Loader:
 
     def _run(self, batches: Iterable[list[Place]]) -> Iterator[Batch]:
         self._plan.batches = batches
-        for batch, problems in self._inner:
-            if problems:
-                self._report(problems)
-            yield batch
+        for result in self._inner:
+            yield handed_out(result, self._report)
 
     def close(self) -> None:
         """End the worker processes now; the next iteration starts new ones.

@@ -24,7 +24,7 @@ import webdataset as wds
 from torch.utils.data import get_worker_info
 
 from .errors import BadShardError, DataError
-from .loader import Batch, Position, Samples
+from .loader import Batch, Fetched, Position, Samples, handed_out
 from .order import random_words, steps_per_epoch
 from .packed import Split
 from .shards import why_refused
@@ -86,21 +86,21 @@ class StreamingLoader:
         if here.begun:
             here.epoch, here.done = here.epoch + 1, 0
         here.begun = True
-        for batch, problems in self._stream(here.epoch, here.done):
-            if problems:
-                self._report(problems)
+        for result in self._stream(here.epoch, here.done):
+            batch = handed_out(result, self._report)
             here.done += self.global_batch
             yield batch
 
-    def _stream(self, epoch: int, done: int) -> Iterator[tuple[Batch, list[DataError]]]:
+    def _stream(self, epoch: int, done: int) -> Iterator[Fetched]:
         draw, mix = (int(word >> 1) for word in random_words(2, self._seed, 5, epoch, done, self._rank))
         pipeline = wds.DataPipeline(
             wds.ResampledShards(
                 [str(path) for path in self._split.shards], seed=draw, worker_seed=_worker, deterministic=True
             ),
-            _Samples(),
+            _Samples({str(path): size for path, size in zip(self._split.shards, self._split.shard_sizes, strict=True)}),
             _Shuffle(mix),
             wds.batched(self._batch_size, collation_fn=_Fetch(self._samples, epoch), partial=False),
+            _Caught(),
         )
         loader = wds.WebLoader(
             pipeline,
@@ -113,20 +113,33 @@ class StreamingLoader:
 
 
 class _Samples:
-    """Shard names to samples, with errors that name the shard."""
+    """Shard names to samples, with errors that name the shard.
+
+    A tar that was cut short between members is a shorter tar to a sequential reader, so samples are counted.
+    """
+
+    def __init__(self, sizes: dict[str, int]) -> None:
+        self.sizes = sizes
 
     def __call__(self, shards: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for shard in shards:
+            count = 0
             try:
                 with open(shard["url"], "rb") as stream:
                     members = wds.tariterators.tar_file_expander([{**shard, "stream": stream}], select_files=_Guard())
-                    yield from wds.tariterators.group_by_keys(members)
+                    for sample in wds.tariterators.group_by_keys(members):
+                        count += 1
+                        yield sample
             except FileNotFoundError as error:
                 raise BadShardError(shard["url"], "is missing") from error
             except BadShardError as error:
                 raise BadShardError(shard["url"], error.reason, error.member) from error
             except (tarfile.TarError, EOFError) as error:
                 raise BadShardError(shard["url"], f"is not a whole tar file: {error}") from error
+            if count != self.sizes[shard["url"]]:
+                raise BadShardError(
+                    shard["url"], f"is cut short: {count} samples, should be {self.sizes[shard['url']]}"
+                )
 
 
 class _Shuffle:
@@ -137,6 +150,16 @@ class _Shuffle:
 
     def __call__(self, samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         return wds.shuffle(SHUFFLE, initial=SHUFFLE, seed=self.seed + _worker())(samples)
+
+
+class _Caught:
+    """The stream, with a fault as its last value instead of an exception. See `mmlong.datamodules.loader.fetched`."""
+
+    def __call__(self, batches: Iterator[tuple[Batch, list[DataError]]]) -> Iterator[Fetched]:
+        try:
+            yield from batches
+        except DataError as error:
+            yield error
 
 
 class _Fetch:

@@ -9,6 +9,7 @@ If a run ends before all kills are spent, it is compared and another is begun. E
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -20,11 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from mmlong.training.checkpoints import PARTIAL, newest_whole
 from safetensors.torch import load_file
 
+from mmlong.training.checkpoints import PARTIAL, newest_whole
+
 POLL = 0.005  # seconds
-LIMIT = 600.0  # seconds one process may take
+LIMIT = 100.0  # seconds one process may take
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Job:
         with open(run / "log.txt", "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "mmlong.experiments.resume.job", *command, "--run", str(run)],
-                start_new_session=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                start_new_session=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
             )  # fmt: skip
         self.begun = time.monotonic()
 
@@ -70,12 +72,16 @@ class Job:
         """
         status = self.process.poll()
         if status is None and time.monotonic() - self.begun > LIMIT:
+            os.killpg(self.process.pid, signal.SIGABRT)  # every process writes where it is into the log
+            time.sleep(1)
             self.kill()
-            raise RuntimeError(f"the run takes longer than {LIMIT:.0f} s; see {self.run / 'log.txt'}")
+            raise RuntimeError(f"the run takes longer than {LIMIT:.0f} s; it stood here:\n{self._log()}")
         if status not in (None, 0):
-            tail = (self.run / "log.txt").read_text(errors="replace")[-3000:]
-            raise RuntimeError(f"the run failed with status {status}:\n{tail}")
+            raise RuntimeError(f"the run failed with status {status}:\n{self._log()}")
         return status is not None
+
+    def _log(self) -> str:
+        return (self.run / "log.txt").read_text(errors="replace")[-20_000:]
 
     def run_out(self, seconds: float = float("inf")) -> bool:
         """Let it run for so long; true if it ended by itself."""
@@ -88,7 +94,8 @@ class Job:
 
     def kill(self) -> None:
         """SIGKILL to it, its ranks and its workers, all at once."""
-        os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 

@@ -20,11 +20,12 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from mmlong.datamodules.images import ImageDataModule
 from mmlong.datamodules.pack import pack_images
 from mmlong.datamodules.sources import ImageSource, Item
-from mmlong.training.checkpoints import AtomicCheckpointIO, newest_whole
-from mmlong.training.rng import RNGStateCallback
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+
+from mmlong.training.checkpoints import AtomicCheckpointIO, newest_whole
+from mmlong.training.rng import RNGStateCallback
 
 SIDE = 16
 SAMPLES = 301  # 7 shards of uneven size at SHARD_BYTES, and a tail in every epoch

@@ -14,19 +14,7 @@ from mmlong.datamodules.images import ImageDataModule
 from mmlong.datamodules.packed import PackedDataset
 from torch import nn
 
-
-class RNGStateCallback(pl.Callback):
-    """Keeps torch's global generator in the checkpoint."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"torch": torch.get_rng_state()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.pending = state_dict["torch"]
-
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if hasattr(self, "pending"):
-            torch.set_rng_state(self.pending)
+from mmlong.training.rng import RNGStateCallback
 
 
 class Net(pl.LightningModule):

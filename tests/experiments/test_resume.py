@@ -1,0 +1,17 @@
+"""The experiment itself, small: a run killed three times ends where an undisturbed one does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from mmlong.experiments.resume.__main__ import disturb
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "accumulate", "ema"), [(1, 1, False), (2, 2, True)])
+def test_killed_runs_end_the_same_to_the_bit(tmp_path: Path, ranks: int, accumulate: int, ema: bool) -> None:
+    tally = disturb(3, ranks, 2, 90, accumulate, ema, seed=0, work=tmp_path, quiet=True)
+    assert tally.kills == 3
+    assert tally.torn == 0
+    assert tally.identical == tally.runs
