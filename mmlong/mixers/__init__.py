@@ -5,6 +5,7 @@ Importing this package registers the house's own families; other packages' come 
 
 from __future__ import annotations
 
+from mmlong.mixers.attention import Attention
 from mmlong.mixers.contract import (
     MIXERS,
     Mixer,
@@ -14,6 +15,8 @@ from mmlong.mixers.contract import (
     register_mixer,
     require_streaming,
 )
+from mmlong.mixers.hyena import Hyena
+from mmlong.mixers.local import Local
 from mmlong.mixers.mamba2 import Mamba2
 from mmlong.mixers.s4d import S4D
 from mmlong.mixers.state import (
@@ -30,6 +33,7 @@ from mmlong.mixers.state import (
 __all__ = [
     "MIXERS",
     "S4D",
+    "Hyena",
     "Mamba2",
     "Mixer",
     "State",

@@ -1,0 +1,119 @@
+"""Hyena against its formula by direct O(L^2) convolutions, the end of its filters, and the filters it keeps while decoding."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmlong.mixers import Hyena, create_mixer, state_bytes
+
+
+def make(order: int = 2, max_length: int = 1 << 17) -> Hyena:
+    torch.manual_seed(0)
+    mixer = Hyena(4, order=order, max_length=max_length).double().eval()
+    with torch.no_grad():
+        mixer.filter_out.weight.normal_()
+    return mixer
+
+
+def direct(mixer: Hyena, x: Tensor) -> Tensor:
+    """The paper's formula: the filter lag by lag in Python floats, convolutions as dense lower-triangular matrices."""
+    (_, L, D), N = x.shape, mixer.order
+    u = mixer.in_proj(x).transpose(1, 2)
+    u = F.conv1d(F.pad(u, (2, 0)), mixer.conv_weight[:, None], mixer.conv_bias, groups=(N + 1) * D)
+    *gates, v = u.transpose(1, 2).chunk(N + 1, -1)
+    filters = torch.zeros(L, N - 1, D, dtype=torch.float64)
+    slow, fast = math.log(1e-2) / 1.5, math.log(1e-2) / 0.3
+    for lag in range(min(L, mixer.max_length)):
+        t = lag / mixer.max_length
+        bands = [1e-4 + j * (mixer.bands - 1 - 1e-4) / (mixer.bands - 1) for j in range(mixer.bands)]
+        waves = [complex(math.cos(2 * math.pi * f * t), -math.sin(2 * math.pi * f * t)) for f in bands]
+        h = torch.tensor([t, *(w.real for w in waves), *(w.imag for w in waves)], dtype=torch.float64)
+        for layer in mixer.filter_hidden:
+            h = torch.sin(mixer.sine_frequency * layer(h))
+        for d in range(D):
+            window = math.exp(-abs(slow + (fast - slow) * d / (D - 1)) * t) + mixer.shift
+            filters[lag, :, d] = mixer.filter_out(h).view(N - 1, D)[:, d] * window
+    lags = torch.arange(L)[:, None] - torch.arange(L)
+    for i in range(N - 1):
+        v = v * gates[N - 1 - i]
+        toeplitz = torch.where((lags >= 0)[..., None], filters[lags.clamp_min(0), i], 0)
+        v = torch.einsum("tsd,bsd->btd", toeplitz, v) + mixer.bias[i] * v
+    return mixer.out_proj(v * gates[0])
+
+
+@pytest.mark.parametrize(("order", "max_length", "L"), [(2, 200, 63), (2, 20, 63), (3, 40, 77)])
+@torch.no_grad()
+def test_against_direct_convolution(order: int, max_length: int, L: int) -> None:
+    mixer = make(order=order, max_length=max_length)
+    x = torch.randn(2, L, 4, dtype=torch.float64)
+    expected = direct(mixer, x)
+    torch.testing.assert_close(mixer(x)[0], expected, rtol=1e-9, atol=1e-9)
+    for cuts in ([1] * L, [10, 1, 30, L - 41]):
+        state, parts = None, []
+        for part in x.split(cuts, 1):
+            y, state = mixer(part, state)
+            parts.append(y)
+        torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-9, atol=1e-9)
+        # In float64, twice the bytes declared for float32.
+        assert state_bytes(state) == 2 * 2 * mixer.state_bytes(L)
+
+
+@torch.no_grad()
+def test_nothing_reaches_beyond_max_length() -> None:
+    mixer = make(max_length=8)
+    x = torch.randn(1, 40, 4, dtype=torch.float64)
+    other = x.clone()
+    other[:, 5] += 1
+    change = (mixer(x)[0] - mixer(other)[0]).abs().amax((0, 2))
+    reach = 8 + 3 - 1
+    assert change[5 + reach - 1] > 1e-6
+    assert change[5 + reach :].max() < 1e-12
+
+
+def test_filters_have_energy_one_at_the_start() -> None:
+    torch.manual_seed(0)
+    mixer = Hyena(64, max_length=2048)
+    with torch.no_grad():
+        energy = mixer.filters(2048).square().sum(0)
+    assert 0.7 < energy.mean() < 1.4
+
+
+def test_kept_filters_follow_the_parameters() -> None:
+    mixer, x = make(), torch.randn(1, 9, 4, dtype=torch.float64)
+
+    def stream(m: Hyena) -> Tensor:
+        state, parts = None, []
+        with torch.no_grad():
+            for part in x.split(1, 1):
+                y, state = m(part, state)
+                parts.append(y)
+        return torch.cat(parts, 1)
+
+    assert torch.equal(stream(mixer), stream(mixer))
+    twin = copy.deepcopy(mixer)
+    with torch.no_grad():
+        mixer.sine_frequency.mul_(1.1)
+    torch.testing.assert_close(stream(mixer), mixer(x)[0].detach())
+    assert not torch.allclose(stream(mixer), stream(twin))
+    mixer.load_state_dict(twin.state_dict())
+    torch.testing.assert_close(stream(mixer), stream(twin))
+    optimiser = torch.optim.SGD(mixer.parameters(), 0.1)
+    mixer(x)[0].square().sum().backward()
+    optimiser.step()
+    torch.testing.assert_close(stream(mixer), mixer(x)[0].detach())
+
+
+def test_impossible_options_are_refused() -> None:
+    for options, words in (
+        ({"order": 1}, "order"),
+        ({"max_length": 0}, "max_length"),
+        ({"filter_layers": -1}, "layers"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            create_mixer("hyena", 4, **options)
