@@ -142,7 +142,18 @@ class _Loader:
             iterator._shutdown_workers()
 
 
-class TrainLoader(_Loader):
+class Positioned:
+    """A loader whose position is in the datamodule's state, which Lightning restores earlier than a loader's own."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing; that there is such a method tells Lightning that a resume in mid-epoch is taken care of."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing; the position was put back before this loader was made."""
+
+
+class TrainLoader(_Loader, Positioned):
     """One rank's training batches, epoch after epoch; an iteration is one epoch, or the rest of a resumed one.
 
     Args:

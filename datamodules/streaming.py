@@ -24,7 +24,7 @@ import webdataset as wds
 from torch.utils.data import get_worker_info
 
 from .errors import BadShardError, DataError
-from .loader import Batch, Fetched, Position, Samples, handed_out
+from .loader import Batch, Fetched, Position, Positioned, Samples, handed_out
 from .order import random_words, steps_per_epoch
 from .packed import Split
 from .shards import why_refused
@@ -48,7 +48,7 @@ class _Guard:
         return True
 
 
-class StreamingLoader:
+class StreamingLoader(Positioned):
     """One rank's training batches of a resampled stream; an iteration is one epoch of ``len(self)`` steps.
 
     Args:
