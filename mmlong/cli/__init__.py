@@ -45,11 +45,11 @@ def _dispatch(command: str, rest: list[str]) -> int:
 
         return run_pack(rest)
     if command == "mixers":
-        from mmlong.cli.mixers import run_mixers
+        from mmlong.cli.tables import run_mixers
 
         return run_mixers(rest)
     if command == "doctor":
-        from mmlong.cli.doctor import run_doctor
+        from mmlong.cli.tables import run_doctor
 
         return run_doctor(rest)
     if command == "recipes":

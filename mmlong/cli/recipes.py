@@ -73,7 +73,7 @@ def load_recipe(name: str) -> tuple[str, dict[str, Any]]:
             )
         source = known[title]
     try:
-        content = yaml.load(source.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+        content = yaml.load(source.read_text(encoding="utf-8"), Loader=_Loader)
     except yaml.YAMLError as error:
         raise CommandError(f"{source} is no YAML: {' '.join(str(error).split())}") from error
     except (UnicodeDecodeError, OSError) as error:

@@ -1,4 +1,4 @@
-"""``mmlong mixers``, ``mmlong recipes`` and ``mmlong doctor``: what there is, and what would run here."""
+"""``mmlong mixers`` and ``mmlong doctor``: what there is, and what would run here."""
 
 from __future__ import annotations
 
@@ -53,17 +53,6 @@ def run_mixers(argv: list[str]) -> int:
         reads = ", ".join(w for w, on in (("lengths", t.padding), ("resets", t.resets), ("grid", t.grid)) if on)
         table.add_row(name, sees, "yes" if t.streaming else "no", t.state, t.cost, reads or "-", t.paper)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-    return 0
-
-
-def run_recipes(argv: list[str]) -> int:
-    """Print the packaged recipes with their first line."""
-    from mmlong.cli.recipes import packaged
-
-    argparse.ArgumentParser(prog="mmlong recipes", description="The packaged recipes.").parse_args(argv)
-    for name, path in packaged().items():
-        if not name.endswith(".debug"):
-            print(f"{name:24} {path.read_text().splitlines()[0].lstrip('# ')}")
     return 0
 
 

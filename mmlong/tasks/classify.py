@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, Mul
 
 from mmlong.backbone import BackboneConfig
 from mmlong.tasks.base import Task
+from mmlong.tasks.classify_report import ClassifyReport
 from mmlong.training.optim import OptimConfig
 
 
@@ -51,7 +53,12 @@ class ClassifyTask(Task):
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
         self.confusion = MulticlassConfusionMatrix(classes)
+        self.confusion_counts = torch.zeros(classes, classes, dtype=torch.long)
         self.test_rows: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """The pictures of a test, beside the base's."""
+        return [*super().configure_callbacks(), ClassifyReport()]
 
     def setup(self, stage: str) -> None:
         """Take the class weights from the packed training data."""
@@ -64,29 +71,31 @@ class ClassifyTask(Task):
         tokens, layout = self.model.encode(image)
         return self.model(tokens, None, layout)[0].float()
 
-    def loss(self, logits: Tensor, label: Tensor) -> Tensor:
-        """Mean cross-entropy in nats."""
+    def loss(self, logits: Tensor, label: Tensor, counts: Tensor) -> Tensor:
+        """Mean cross-entropy in nats over the samples that count; 0 if none does."""
         weights = None if self.weights is None else self.weights.to(logits)
-        return F.cross_entropy(logits, label, weight=weights, label_smoothing=self.label_smoothing)
+        each = F.cross_entropy(logits, label, weight=weights, label_smoothing=self.label_smoothing, reduction="none")
+        share = counts.to(logits) if weights is None else counts.to(logits) * weights[label]
+        return torch.where(counts, each, 0).sum() / share.sum().clamp_min(torch.finfo(logits.dtype).tiny)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """One step; a sample of weight 0 (a skipped one) does not count."""
-        keep = self.counted(batch)
-        if not keep.all():
-            batch = {key: value[keep] for key, value in batch.items()}
+        keep, label = self.counted(batch), batch["label"]
         logits = self(batch["image"])
-        loss = self.loss(logits, batch["label"])
-        accuracy = (logits.argmax(-1) == batch["label"]).float().mean()
-        self.log("train/loss", loss, prog_bar=True)
-        self.log("train/accuracy", accuracy)
+        loss = self.loss(logits, label, keep)
+        count = int(keep.sum())
+        right = ((logits.argmax(-1) == label) & keep).sum() / max(count, 1)
+        self.log("train/loss", loss, prog_bar=True, batch_size=count)
+        self.log("train/accuracy", right, batch_size=count)
         return loss
 
     def _evaluate(self, batch: dict[str, Tensor], metrics: MetricCollection, stage: str) -> Tensor:
         logits, keep = self(batch["image"]), self.counted(batch)
         metrics.update(logits[keep], batch["label"][keep])
-        if keep.any():
-            loss = F.cross_entropy(logits[keep], batch["label"][keep])
-            self.log(f"{stage}/loss", loss, on_epoch=True, batch_size=int(keep.sum()), sync_dist=True)
+        # The plain loss, so that runs with other weights or smoothing compare.
+        count = int(keep.sum())
+        loss = F.cross_entropy(logits[keep], batch["label"][keep], reduction="sum") / max(count, 1)
+        self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, batch_size=count, sync_dist=True)
         return logits
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -115,6 +124,7 @@ class ClassifyTask(Task):
         """Metrics over every sample once."""
         self.log_dict(self.test_metrics.compute())
         self.test_metrics.reset()
+        self.confusion_counts = self.confusion.compute().cpu()
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Sample ids, labels and class probabilities of the samples that count."""

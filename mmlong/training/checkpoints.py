@@ -11,13 +11,35 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 PARTIAL = ".partial"
 _STEP = re.compile(r"step=(\d+)")
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint could not be written; earlier ones are as they were, and nothing half-written is left."""
+
+
+class _Watched:
+    """A file for ``torch.save`` that remembers the first failed write, which torch reports as a fault of its zip archive."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -28,11 +50,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + PARTIAL)
-        with open(partial, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        watched = None
+        try:
+            with open(partial, "wb") as file:
+                watched = _Watched(file)
+                torch.save(checkpoint, cast(IO[bytes], watched))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except (OSError, RuntimeError) as error:
+            partial.unlink(missing_ok=True)
+            cause = watched.error if watched is not None and watched.error is not None else error
+            if not isinstance(cause, OSError):
+                raise
+            raise CheckpointWriteError(
+                f"cannot write {path}: {cause.strerror or cause}. Nothing half-written is left, and earlier checkpoints are untouched: "
+                "make room and go on from the last"
+            ) from cause
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -46,7 +80,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[Path]]:
     Loading is with ``weights_only``: a checkpoint that would run code is not whole.
     """
     torn: list[Path] = []
-    for path in sorted(folder.glob("*.ckpt"), key=_step, reverse=True):
+    for path in sorted(folder.glob("*.ckpt"), key=step_of, reverse=True):
         try:
             torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError):
@@ -56,6 +90,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[Path]]:
     return None, torn
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name, or -1."""
     found = _STEP.search(path.name)
     return int(found[1]) if found else -1

@@ -1,0 +1,330 @@
+"""The engine behind ``mmlong fit`` and its sisters: LightningCLI builds the parts, this runs them and says what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from mmlong.cli.errors import CommandError
+from mmlong.cli.predictions import PredictionWriter
+from mmlong.cli.runs import BEST, CHECKPOINTS, CONFIG, Resumed, new_run, resolve_checkpoint
+from mmlong.cli.train import command_line, write_json
+from mmlong.datamodules.errors import DataError
+from mmlong.models import save_model
+from mmlong.tasks import ArchitectureMismatchError, Task
+from mmlong.training.checkpoints import AtomicCheckpointIO, CheckpointWriteError, newest_whole
+from mmlong.training.finite import NonFiniteError, StopOnNaN
+from mmlong.training.meter import Meter, peak_memory
+from mmlong.training.metrics_csv import MetricsCSV, read_metrics
+from mmlong.training.pictures import draw_curves
+from mmlong.training.progress import RunProgress, describe, duration
+from mmlong.training.resume import ResumeCheckpoint, RunStoppedError
+from mmlong.training.rng import RNGStateCallback
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_epochs": -1,  # steps decide
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 10,
+    "use_distributed_sampler": False,  # the datamodules divide samples among ranks themselves
+}
+TRACEBACK = "MMLONG_TRACEBACK"
+
+
+def describe_data(data: Any) -> dict[str, Any]:
+    """What a datamodule fixes for the model: ``modality`` options, ``num_classes`` and ``class_names``."""
+    found: dict[str, Any] = {"modality": {}}
+    if hasattr(data, "size"):
+        found["modality"]["size"] = list(data.size)
+    if hasattr(data, "channels"):
+        found["modality"]["channels"] = data.channels
+    if hasattr(data, "num_classes"):
+        found["num_classes"] = data.num_classes
+        found["class_names"] = list(data.class_names)
+    return found
+
+
+class _CLI(LightningCLI):
+    """LightningCLI without sub-commands: the engine calls the trainer, and a checkpoint's hyper-parameters never touch the
+    command line's."""
+
+    def __init__(self, arguments: list[str], engine: Engine) -> None:
+        self.engine = engine
+        super().__init__(
+            model_class=Task, datamodule_class=pl.LightningDataModule, subclass_mode_model=True, subclass_mode_data=True,
+            save_config_callback=None, trainer_defaults=TRAINER_DEFAULTS, seed_everything_default=0,
+            parser_kwargs={"exit_on_error": False}, args=arguments, run=False, auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )  # fmt: skip
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The keys of a run, and what the data fixes for the model."""
+        parser.add_argument("--recipe", type=str, default="run")
+        parser.add_argument("--runs", type=str, default="runs")
+        parser.add_argument("--run_dir", type=str | None, default=None)
+        parser.add_argument("--ckpt_path", type=str | None, default=None)
+        parser.add_argument("--test_after_fit", type=Literal["best", "last"] | None, default="last")
+        parser.add_argument("--best_by", type=str, default="val/accuracy")
+        parser.add_argument("--checkpoint_seconds", type=float, default=60.0)
+        parser.link_arguments("data", "model.init_args.data_info", compute_fn=describe_data, apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, without the warning about ``sys.argv``."""
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        """Fix the run folder, so that the parts know it."""
+        self.engine.prepare(self.config)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """The trainer of the recipe with the engine's callbacks, logger and checkpoint writer."""
+        given = dict(self._get(self.config_init, "trainer", default={}))
+        given.update(kwargs)
+        return self.trainer_class(**self.engine.trainer_arguments(given))
+
+
+class Engine:
+    """One call of a training command.
+
+    Args:
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        config: the merged recipes.
+        overrides: arguments of the command line, which win over the recipes.
+        shown: the whole command, to be kept in the summary.
+    """
+
+    def __init__(self, command: str, config: dict[str, Any], overrides: list[str], shown: list[str]) -> None:
+        self.command = command
+        self.arguments = [f"--config={json.dumps(config)}", *overrides]
+        self.shown = shown
+        self.meter = Meter()
+        self.resumed: Resumed | None = None
+        self.run_dir = Path()
+        self.settings = Namespace()
+        self.progress: RunProgress | None = None
+        self.best: ModelCheckpoint | None = None
+
+    # building
+
+    def prepare(self, config: Namespace) -> None:
+        """Choose checkpoint and run folder."""
+        self.settings = config
+        root = Path(config.runs)
+        if config.ckpt_path is not None:
+            self.resumed = resolve_checkpoint(config.ckpt_path, config.recipe, root)
+        if self.resumed is not None and self.resumed.run is not None and config.run_dir is None:
+            self.run_dir = self.resumed.run
+        else:
+            self.run_dir = new_run(config.recipe, root, config.run_dir)
+
+    def trainer_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The recipe's trainer arguments and what every run has."""
+        self.progress = RunProgress(self.meter, self.settings.recipe)
+        callbacks: list[pl.Callback] = [*_listed(given.get("callbacks")), self.meter, self.progress]
+        loggers = [] if given.get("logger") in (None, True, False) else _listed(given["logger"])
+        if self.command == "fit":
+            folder = self.run_dir / CHECKPOINTS
+            by = self.settings.best_by
+            self.best = ModelCheckpoint(
+                folder, BEST.removesuffix(".ckpt"), monitor=by, mode="min" if by.endswith("loss") else "max",
+                enable_version_counter=False, save_on_train_epoch_end=False,
+            )  # fmt: skip
+            callbacks += [
+                StopOnNaN(), RNGStateCallback(), self.best,
+                ResumeCheckpoint(folder, self.settings.checkpoint_seconds),
+            ]  # fmt: skip
+            if given.get("logger") is not False:
+                loggers.insert(0, MetricsCSV(self.run_dir))
+        elif self.command == "predict":
+            callbacks.append(PredictionWriter(self.run_dir))
+        plugins = [*_listed(given.get("plugins")), AtomicCheckpointIO()]
+        return {
+            **given, "callbacks": callbacks, "logger": loggers or False, "plugins": plugins, "default_root_dir": str(self.run_dir),
+        }  # fmt: skip
+
+    # running
+
+    def run(self) -> int:
+        """Build and run; the exit status.
+
+        Raises:
+            CommandError: with what is wrong and what to do.
+        """
+        try:
+            self.cli = _CLI(self.arguments, self)
+        except SystemExit as done:  # --print_config
+            return int(done.code or 0)
+        except ArgumentError as error:
+            raise CommandError(_plain(str(error))) from error
+        except (ValueError, TypeError, KeyError, MisconfigurationException) as error:
+            raise self._known(error) from error
+        try:
+            return {"fit": self._fit, "validate": self._evaluate, "test": self._evaluate, "predict": self._predict}[
+                self.command
+            ]()
+        except RunStoppedError as stopped:
+            self._draw()
+            print(f"stopped after step {stopped.step} and saved {stopped.checkpoint}\ngo on with: {self._go_on()}")
+            return 128 + stopped.signum
+        except SystemExit:  # Lightning's answer to a second Ctrl-C
+            print(f"stopped at once\ngo on from the last checkpoint with: {self._go_on()}")
+            return 130
+        except NonFiniteError as error:
+            newest, _ = newest_whole(self.run_dir / CHECKPOINTS)
+            last = f"the last good checkpoint is {newest}" if newest else "no checkpoint was written yet"
+            self._draw()
+            raise CommandError(
+                f"{error}. {last}.\nA smaller --model.optim.lr or --trainer.gradient_clip_val 1.0 often helps; go on with: "
+                f"{self._go_on()} --model.optim.lr LR",
+                status=1,
+            ) from error
+        except (DataError, ArchitectureMismatchError, CheckpointWriteError, ValueError) as error:
+            raise self._known(error) from error
+
+    def _known(self, error: BaseException) -> CommandError:
+        """A one-line message for an error that says what is wrong; ``MMLONG_TRACEBACK=1`` shows where instead."""
+        if os.environ.get(TRACEBACK):
+            raise error
+        told = isinstance(error, (DataError, ArchitectureMismatchError, CheckpointWriteError))
+        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        return CommandError(_plain(text) + ("" if told else f" ({TRACEBACK}=1 shows where)"), status=1)
+
+    def _go_on(self) -> str:
+        return command_line(["mmlong", "fit", "--ckpt_path", str(self.run_dir)])
+
+    def _fit(self) -> int:
+        trainer, task, data = self.cli.trainer, self.cli.model, self.cli.datamodule
+        self._save_config()
+        begun = "" if self.resumed is None else f"; going on from {self.resumed.checkpoint}"
+        self._say(f"run folder: {self.run_dir}{begun}")
+        trainer.fit(
+            task,
+            datamodule=data,
+            ckpt_path=None if self.resumed is None else self.resumed.checkpoint,
+            weights_only=True,
+        )
+        which, weights = self._chosen()
+        if weights is not None:
+            task.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True)["state_dict"])
+        tested: Mapping[str, float] = {}
+        if self.settings.test_after_fit is not None:
+            tested = trainer.test(task, datamodule=data, verbose=False)[0]
+        if trainer.is_global_zero:
+            save_model(task.model, self.run_dir)
+            self._draw()
+            self._summarise(trainer, task, which, tested)
+        return 0
+
+    def _chosen(self) -> tuple[str, Path | None]:
+        """Which weights the run ends with, and their checkpoint."""
+        best = self.run_dir / CHECKPOINTS / BEST
+        if self.settings.test_after_fit == "best" and best.is_file():
+            return "best", best
+        return "last", newest_whole(self.run_dir / CHECKPOINTS)[0]
+
+    def _evaluate(self) -> int:
+        assert self.resumed is not None
+        trainer, task, data = self.cli.trainer, self.cli.model, self.cli.datamodule
+        measure = trainer.test if self.command == "test" else trainer.validate
+        found = measure(task, datamodule=data, ckpt_path=self.resumed.checkpoint, weights_only=True, verbose=False)
+        if not found:
+            raise CommandError(f"the data has no samples to {self.command} on", status=1)
+        prefix = "test/" if self.command == "test" else "val/"
+        if trainer.is_global_zero:
+            write_json(self.run_dir / f"{self.command}.json", {"checkpoint": str(self.resumed.checkpoint), **found[0]})
+        self._say(
+            f"{self.settings.recipe}: {describe(found[0], prefix)}\nfrom {self.resumed.checkpoint}; see {self.run_dir}"
+        )
+        return 0
+
+    def _predict(self) -> int:
+        assert self.resumed is not None
+        trainer = self.cli.trainer
+        trainer.predict(
+            self.cli.model, datamodule=self.cli.datamodule, ckpt_path=self.resumed.checkpoint, weights_only=True,
+            return_predictions=False,
+        )  # fmt: skip
+        writer = next(c for c in trainer.callbacks if isinstance(c, PredictionWriter))  # type: ignore[attr-defined]
+        self._say(f"{writer.rows:,} predictions in {writer.path}, from {self.resumed.checkpoint}")
+        return 0
+
+    # what is left behind
+
+    @rank_zero_only
+    def _save_config(self) -> None:
+        kept = self.settings.clone()
+        for key in ("config", "run_dir", "ckpt_path"):
+            kept.pop(key, None)
+        text = self.cli.parser.dump(kept, skip_none=False)
+        path = self.run_dir / CONFIG
+        if path.exists() and path.read_text() != text and self.resumed is not None:
+            path = self.run_dir / f"config-from-{self.resumed.checkpoint.stem}.yaml"
+        path.write_text(text)
+
+    @rank_zero_only
+    def _draw(self) -> None:
+        metrics = self.run_dir / "metrics.csv"
+        if metrics.is_file():
+            draw_curves(read_metrics(metrics), self.run_dir / "loss.png", self.settings.recipe)
+
+    @rank_zero_only
+    def _say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def _summarise(self, trainer: pl.Trainer, task: Task, which: str, tested: Mapping[str, float]) -> None:
+        memory = peak_memory()
+        length = task.model.modality.tokens_per_sample()
+        summary = {
+            "recipe": self.settings.recipe,
+            "command": command_line(self.shown),
+            "weights": which,
+            **{key: round(float(value), 6) for key, value in tested.items()},
+            "steps": trainer.global_step,
+            "train_seconds": round(self.meter.seconds, 1),
+            "tokens_per_sample": length,
+            "tokens_per_second": round(self.meter.average_rate),
+            "parameters": task.model.num_parameters(),
+            "peak_memory_bytes": memory,
+            "device": str(trainer.strategy.root_device),
+            "ranks": trainer.world_size,
+            "threads": torch.get_num_threads(),
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("mmlong", "torch", "lightning")},
+            },
+        }
+        write_json(self.run_dir / "summary.json", summary)
+        lines = []
+        if tested:
+            lines.append(f"{self.settings.recipe}: {describe(tested, 'test/')} ({which} weights)")
+        speed = f", {self.meter.average_rate:,.0f} tokens a second" if self.meter.tokens else ""
+        lines.append(f"trained {trainer.global_step} steps in {duration(self.meter.seconds)}{speed}; "
+                     f"peak memory {memory / 2**30:.2f} GiB")  # fmt: skip
+        pictures = [
+            name for name in ("loss.png", "confusion.png", "predictions.png") if (self.run_dir / name).is_file()
+        ]
+        lines.append(f"in {self.run_dir}: {', '.join(['summary.json', 'metrics.csv', 'model.safetensors', *pictures])}")
+        self._say("\n".join(lines))
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _plain(text: str) -> str:
+    """A parser's message without its ornament."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines)

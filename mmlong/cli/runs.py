@@ -1,0 +1,125 @@
+"""Run folders, ``runs/RECIPE/TIMESTAMP/``, and which checkpoint ``--ckpt_path`` means."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmlong.cli.errors import CommandError
+
+CHECKPOINTS = "checkpoints"
+BEST = "best.ckpt"
+CONFIG = "config.yaml"
+_ENV = "MMLONG_RUN_DIR"
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A checkpoint and the run it belongs to (``None`` for a lone file)."""
+
+    checkpoint: Path
+    run: Path | None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether this is a run folder."""
+    return (folder / CONFIG).is_file() and (folder / CHECKPOINTS).is_dir()
+
+
+def runs_of(recipe: str, root: Path) -> list[Path]:
+    """The recipe's run folders that hold a checkpoint, newest first."""
+    folder = root / recipe
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if is_run(path) and any((path / CHECKPOINTS).glob("*.ckpt"))]
+    return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run folder a checkpoint lies in."""
+    folder = checkpoint.parent.parent
+    return folder if checkpoint.parent.name == CHECKPOINTS and is_run(folder) else None
+
+
+def resolve_run(what: str) -> Path | None:
+    """The run folder that ``--ckpt_path`` names or lies in, if it does, before any recipe is known."""
+    path = Path(what)
+    if is_run(path):
+        return path
+    return run_of(path) if path.is_file() else None
+
+
+def resolve_checkpoint(what: str, recipe: str, root: Path) -> Resumed:
+    """What ``--ckpt_path`` means.
+
+    Args:
+        what: ``last`` or ``best`` of the recipe's newest run, a run folder (its last), or a file.
+        recipe: whose runs to look through.
+        root: where the runs are.
+
+    Raises:
+        CommandError: it is a URL, there is none, or none that is whole.
+    """
+    from mmlong.training.checkpoints import newest_whole
+
+    if "://" in what:
+        raise CommandError(f"--ckpt_path {what}: checkpoints are read from files only; fetch it first, if you trust it")
+    if what in ("last", "best"):
+        runs = runs_of(recipe, root)
+        if not runs:
+            raise CommandError(
+                f"--ckpt_path {what}: no run of {recipe} with a checkpoint under {root / recipe}; "
+                f"start one with `mmlong fit -c {recipe}`"
+            )
+        # A run that was stopped before its first checkpoint does not hide the one before it.
+        run = runs[0]
+    elif Path(what).is_dir():
+        run = Path(what)
+        if not (run / CHECKPOINTS).is_dir():
+            raise CommandError(f"--ckpt_path {what}: no run folder (it has no {CHECKPOINTS}/)")
+    elif Path(what).is_file():
+        return Resumed(Path(what), run_of(Path(what)))
+    else:
+        raise CommandError(f"--ckpt_path {what}: no such file or run folder ('last' means the newest run of {recipe})")
+    if what == "best":
+        path = run / CHECKPOINTS / BEST
+        if not path.is_file():
+            raise CommandError(f"--ckpt_path best: {run} has no {BEST}; it was not evaluated yet. Use last")
+        return Resumed(path, run)
+    path_or_none, torn = newest_whole(run / CHECKPOINTS)
+    for bad in torn:
+        print(f"{bad} is damaged and left aside")
+    if path_or_none is None:
+        raise CommandError(f"--ckpt_path {what}: {run} holds no whole checkpoint", status=1)
+    return Resumed(path_or_none, run)
+
+
+def new_run(recipe: str, root: Path, given: str | None) -> Path:
+    """A fresh run folder, made now. Ranks that a first process starts share its choice.
+
+    Raises:
+        CommandError: the given folder has a run in it, or several processes would each choose their own.
+    """
+    inherited = os.environ.get(_ENV) if "LOCAL_RANK" in os.environ else None
+    if inherited is not None:
+        return Path(inherited)
+    if given is not None:
+        run = Path(given)
+        if is_run(run):
+            raise CommandError(f"--run_dir {run} holds a run already; go on with --ckpt_path {run}, or name another")
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise CommandError("several processes were started from outside: give all of them the same --run_dir")
+    else:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        run, number = root / recipe / stamp, 1
+        while run.exists():
+            number += 1
+            run = root / recipe / f"{stamp}-{number}"
+    try:
+        (run / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"cannot make the run folder {run}: {error.strerror}", status=1) from error
+    os.environ[_ENV] = str(run)
+    return run

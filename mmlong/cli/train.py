@@ -1,0 +1,198 @@
+"""``mmlong fit | validate | test | predict``: recipes and overrides to LightningCLI, and what a run says and leaves behind."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import shlex
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmlong.cli.errors import CommandError
+from mmlong.cli.recipes import load_recipes, packaged
+from mmlong.cli.runs import CONFIG, resolve_run
+from mmlong.registry import nearest
+
+USAGE = """\
+usage: mmlong {command} -c RECIPE [-c RECIPE ...] [--KEY VALUE ...]
+
+{what}
+
+  -c RECIPE           a YAML file, or the name of a packaged recipe; several are merged, the later wins
+  --KEY VALUE         any key of the recipe, e.g. --trainer.max_steps 100, --data.batch_size 4,
+                      --model.backbone.mixers=[s4d], --model.optim.lr 1e-3, --seed_everything 1
+  --ckpt_path WHICH   last or best (of the recipe's newest run), a run folder, or a checkpoint file{ckpt}
+  --print_config      print every key with its value, and do nothing
+
+keys of a run
+  --runs FOLDER               where run folders are made (default: runs)
+  --run_dir FOLDER            this run's folder, instead of RUNS/RECIPE/TIMESTAMP
+  --test_after_fit WHICH      when training is over, test the `last` weights (default) or the `best`; null: no test
+  --best_by METRIC            what makes weights the best (default: val/accuracy)
+  --checkpoint_seconds S      how often to save, at most (default: 60)
+
+recipes: {recipes}
+"""
+
+WHAT = {
+    "fit": ("Train a model. Leaves config, metrics, checkpoints, weights and pictures in a run folder.", "; without -c, the run's own config"),
+    "validate": ("Measure a trained model on the validation split.", " (needed)"),
+    "test": ("Measure a trained model on the test split, and draw what it gets right and wrong.", " (needed)"),
+    "predict": ("Write predictions.csv: index, truth, prediction and probability of each test sample.", " (needed)"),
+}  # fmt: skip
+
+OWN = ("config", "seed_everything", "recipe", "runs", "run_dir", "ckpt_path", "test_after_fit", "best_by",
+       "checkpoint_seconds", "print_config", "trainer", "model", "data")  # fmt: skip
+
+
+def run_training(command: str, argv: list[str]) -> int:
+    """Run one of the training commands; see the module's docstring.
+
+    Returns:
+        exit status.
+
+    Raises:
+        CommandError: something is wrong with the command or the run, and what to do.
+    """
+    what, ckpt = WHAT[command]
+    if any(arg in ("-h", "--help") for arg in argv):
+        print(USAGE.format(command=command, what=what, ckpt=ckpt, recipes=", ".join(packaged())), end="")
+        return 0
+    names, overrides = _split(command, argv)
+    checkpoint = _value_of("ckpt_path", overrides)
+    if not names:
+        run = resolve_run(checkpoint) if checkpoint else None
+        if run is None:
+            raise CommandError(
+                f"which recipe? e.g. mmlong {command} -c image/cells256; recipes: {', '.join(packaged())}"
+            )
+        names = [str(run / CONFIG)]
+    if command != "fit" and checkpoint is None and "--print_config" not in overrides:
+        raise CommandError(
+            f"which weights? Add --ckpt_path last (of the newest run of {names[0]}), a run folder, or a checkpoint file"
+        )
+    _quiet()
+    config = load_recipes(names)
+    _check(config, overrides, " + ".join(names))
+    from mmlong.cli.engine import Engine
+
+    return Engine(command, config, overrides, shown=["mmlong", command, *argv]).run()
+
+
+def _split(command: str, argv: list[str]) -> tuple[list[str], list[str]]:
+    """Recipe names, and all other arguments as they are."""
+    names: list[str] = []
+    rest: list[str] = []
+    arguments = iter(argv)
+    for arg in arguments:
+        flag, equals, value = arg.partition("=")
+        if flag in ("-c", "--config"):
+            name = value if equals else next(arguments, "")
+            if not name or name.startswith("--"):
+                raise CommandError(f"{flag} needs the name or file of a recipe")
+            names.append(name)
+        elif arg.startswith("--"):
+            rest.append(arg)
+            if not equals and arg != "--print_config":
+                following = next(arguments, None)
+                if following is None or following.startswith("--"):
+                    raise CommandError(f"{arg} needs a value: {arg}=VALUE or {arg} VALUE")
+                rest.append(following)
+        else:
+            hint = f" (did you mean -c {arg}?)" if arg in packaged() or Path(arg).is_file() else ""
+            raise CommandError(f"unexpected {arg!r}{hint}; options look like --trainer.max_steps 100")
+    return names, rest
+
+
+def _pairs(overrides: list[str]) -> Iterator[tuple[str, str]]:
+    arguments = iter(overrides)
+    for arg in arguments:
+        key, equals, value = arg.removeprefix("--").partition("=")
+        yield key, value if equals else ("" if arg == "--print_config" else next(arguments))
+
+
+def _value_of(key: str, overrides: list[str]) -> str | None:
+    found = [value for name, value in _pairs(overrides) if name == key]
+    return found[-1] if found else None
+
+
+def _quiet() -> None:
+    """Lightning's adverts and the notices that do not concern someone who runs a recipe."""
+    import lightning.pytorch  # noqa: F401 - sets its own levels when imported, so it must come first
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*number of training batches .* is smaller than the logging interval.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*loading a checkpoint outside the 'fit' stage.*",
+        ".*you defined a validation_step but have no val_dataloader.*",
+        ".*resuming from a checkpoint that ended before the epoch ended.*",
+        ".*callbacks used to create the checkpoint.*",
+        ".*No positive samples in targets.*",
+        ".*No negative samples in targets.*",
+        ".*callbacks returned in .LightningModule.configure_callbacks. will override.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="jsonargparse")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning")
+
+
+def _check(config: dict[str, Any], overrides: list[str], names: str) -> None:
+    """Refuse unknown keys of recipes and command line before anything is built."""
+    import lightning.pytorch as pl
+
+    from mmlong.cli.keys import check_key, check_keys, class_tree
+
+    tree: dict[str, Any] = {name: None for name in OWN}
+    tree["trainer"] = class_tree(pl.Trainer)
+    for part in ("model", "data"):
+        entry = config.get(part)
+        given = dict(_pairs(overrides))
+        path = given.get(part) or given.get(f"{part}.class_path")
+        if path is None and isinstance(entry, dict):
+            path = entry.get("class_path")
+        if path is None:
+            raise CommandError(f"{names} says nothing of `{part}`: it needs class_path and init_args")
+        arguments = class_tree(_class(str(path), f"{part}.class_path in {names}"))
+        arguments.pop("data_info", None)
+        tree[part] = {"class_path": None, "init_args": arguments}
+    check_keys(config, tree, names)
+    for key, _ in _pairs(overrides):
+        parts = tuple(key.removesuffix("+").split("."))
+        if parts[0] in ("model", "data") and len(parts) > 1 and parts[1] not in ("class_path", "init_args"):
+            # As the command line allows it: --model.optim.lr is model.init_args.optim.lr.
+            short = {name: value for name, value in tree.items() if name not in ("model", "data")}
+            check_key(parts, {**short, **{p: tree[p]["init_args"] for p in ("model", "data")}}, "the command line")
+        else:
+            check_key(parts, tree, "the command line")
+
+
+def _class(path: str, where: str) -> type:
+    module, _, name = path.rpartition(".")
+    try:
+        home = importlib.import_module(module)
+    except (ImportError, ValueError) as error:
+        raise CommandError(f"{where}: cannot import {path!r}: {error}") from error
+    found = getattr(home, name, None)
+    if not isinstance(found, type):
+        raise CommandError(f"{where}: {module} has no class {name!r}{nearest(name, dir(home))}")
+    return found
+
+
+def command_line(arguments: list[str]) -> str:
+    """A command as it can be pasted into a shell."""
+    return shlex.join(arguments)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON in one step."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)
