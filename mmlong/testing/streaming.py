@@ -127,7 +127,9 @@ def state_is_as_declared(s: Subject) -> None:
                         f"after {length} tokens {how} a state of {promised} bytes keeps {memory} bytes of memory alive: "
                         "a view of something larger (clone it), which every kept state would hold on to"
                     )
-        # Far out, because a window fills up first.
-        near, far = declared(1 << 16), declared(1 << 17)
-        if (s.traits.state == "constant" and near != far) or (s.traits.state == "growing" and not far > near):
-            s.fail(f"state = {s.traits.state!r}, but declares {near} bytes after 65,536 and {far} after 131,072 tokens")
+        # Far out, because a window fills up first; and a growing state may have a bound.
+        first, near, far = declared(1), declared(1 << 16), declared(1 << 17)
+        if s.traits.state == "constant" and near != far:
+            s.fail(f"state = 'constant', but declares {near} bytes after 65,536 and {far} after 131,072 tokens")
+        if s.traits.state == "growing" and not far > first:
+            s.fail(f"state = 'growing', but declares {first} bytes after 1 token and {far} after 131,072")

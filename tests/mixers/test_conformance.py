@@ -25,6 +25,7 @@ class Nearer:
 
 
 NEARER: dict[str, Nearer] = {
+    "hyena": Nearer({"max_length": 100, "order": 3}),
     "mamba2": Nearer(
         {"headdim": 8, "ngroups": 2, "chunk": 16},
         {

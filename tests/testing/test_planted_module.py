@@ -99,6 +99,19 @@ class MixesRows(Twin):
         return (y - 0.1 * y.mean(0) if self.kind == "mean" else self.norm(y.mT).mT), state
 
 
+class KeepsWhatItMade(Twin):
+    """Made once from the parameters, and kept when they change."""
+
+    breaks = "gradients"
+    kept = None
+
+    def mix(self, x, state, layout):
+        y, state = super().mix(x, state, layout)
+        if self.kept is None and not torch.is_grad_enabled():
+            self.kept = self.decay.detach().exp()
+        return y * (self.decay.exp() if torch.is_grad_enabled() else self.kept.to(y.dtype)), state
+
+
 # Numerics
 
 
