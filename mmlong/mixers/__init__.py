@@ -33,7 +33,9 @@ from mmlong.mixers.state import (
 __all__ = [
     "MIXERS",
     "S4D",
+    "Attention",
     "Hyena",
+    "Local",
     "Mamba2",
     "Mixer",
     "State",
