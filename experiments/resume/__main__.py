@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from mmlong.training.checkpoints import PARTIAL, newest_whole
 
 POLL = 0.005  # seconds
-LIMIT = 100.0  # seconds one process may take
+LIMIT = 600.0  # seconds one process may take
 
 
 @dataclass
@@ -140,7 +140,7 @@ def disturb(
             if early:
                 over = job.run_out(draw.uniform(0, start_takes))
             else:
-                over = not job.wait_started() or job.run_out(draw.uniform(0, 2 * takes / (kills + 1)))
+                over = not job.wait_started() or job.run_out(draw.uniform(0, 1.5 * takes / (kills + 1)))
             if over:
                 break
             job.kill()

@@ -28,7 +28,7 @@ from mmlong.training.checkpoints import AtomicCheckpointIO, newest_whole
 from mmlong.training.rng import RNGStateCallback
 
 SIDE = 16
-SAMPLES = 301  # 7 shards of uneven size at SHARD_BYTES, and a tail in every epoch
+SAMPLES = 301  # 291 of them in 8 shards at SHARD_BYTES, the last a short one, and a tail in every epoch
 SHARD_BYTES = 80_000
 BATCH = 8  # of all ranks together
 

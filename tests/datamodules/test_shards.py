@@ -197,7 +197,11 @@ def test_pipes_and_urls_are_refused_and_not_run(tmp_path: Path) -> None:
         "../d/train-000000.tar",
         "x|y.tar",
     ):
-        reindex(tmp_path / "d", lambda manifest, name=name: manifest["splits"]["train"]["shards"][0].update(name=name))
+
+        def rename(manifest: dict[str, Any], name: str = name) -> None:
+            manifest["splits"]["train"]["shards"][0]["name"] = name
+
+        reindex(tmp_path / "d", rename)
         with pytest.raises(BadShardError, match="refused") as caught:
             PackedDataset(tmp_path / "d").split("train")
         assert caught.value.member == name
