@@ -15,6 +15,7 @@ not clamped above. The work of a block of tokens is done while it is in the cach
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -128,8 +129,10 @@ class Mamba2(Mixer):
         plain = x.device.type != "cpu" or torch.compiler.is_compiling() or tokens >= B * L
         if plain:
             y, (tail, ssm) = self._piece(x, (tail, ssm), self._weights(), layout)
+            y = self.out_proj(y)
         else:
-            y, (tail, ssm) = blockwise(self._piece, x, (tail, ssm), self._weights(), layout, tokens)
+            piece = partial(self._piece, keep=True)
+            y, (tail, ssm) = blockwise(piece, x, (tail, ssm), self._weights(), layout, tokens, self.out_proj.weight)
         return y, {"conv": tail, "ssm": ssm}
 
     def _weights(self) -> tuple[Tensor, ...]:
@@ -141,13 +144,18 @@ class Mamba2(Mixer):
             self.A_log,
             self.D,
             self.norm_weight,
-            self.out_proj.weight,
         )
 
     def _piece(
-        self, x: Tensor, state: tuple[Tensor, ...], weights: tuple[Tensor, ...], layout: Layout | None
+        self,
+        x: Tensor,
+        state: tuple[Tensor, ...],
+        weights: tuple[Tensor, ...],
+        layout: Layout | None,
+        keep: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        w_in, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, w_out = weights
+        """Everything before the output projection."""
+        w_in, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = weights
         tail, ssm = state
         # Three products instead of one and a split: each result has contiguous rows.
         w_gate, w_conv, w_dt = w_in.split([self.inner, self.conv_dim, self.heads])
@@ -165,9 +173,10 @@ class Mamba2(Mixer):
             ssm,
             layout,
             self.chunk,
+            keep=keep,
         )
         y = gated_rms_norm(y.flatten(2), z, norm_weight, self.ngroups, self.norm_eps)
-        return F.linear(y, w_out), (tail, ssm)
+        return y, (tail, ssm)
 
 
 def _discretise(dt: Tensor, bias: Tensor, A_log: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -28,8 +29,9 @@ def blockwise(
     parameters: Sequence[Tensor],
     layout: Layout | None,
     tokens: int,
+    project: Tensor,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """``piece`` over blocks of about ``tokens`` tokens.
+    """``piece`` over blocks of about ``tokens`` tokens, then a projection, whose output no backward needs and so none recomputes.
 
     Args:
         piece: the causal function; its result may depend on nothing that needs a gradient but its first three arguments.
@@ -38,11 +40,13 @@ def blockwise(
         parameters: handed on to ``piece``.
         layout: of ``x``; sliced for each block. Rows are taken apart only where it is ``None``.
         tokens: positions x rows of a block.
+        project: ``(D'', D')``.
 
     Returns:
-        What one call of ``piece`` on everything returns, with its gradients, for the memory of one block.
+        ``(linear(y, project), state)`` for what one call of ``piece`` on everything returns, with its gradients, for the memory of
+        one block.
     """
-    y, *after = _Blockwise.apply(piece, layout, tokens, len(state), x, *state, *parameters)
+    y, *after = _Blockwise.apply(piece, layout, tokens, len(state), x, project, *state, *parameters)
     return y, tuple(after)
 
 
@@ -58,7 +62,7 @@ def _blocks(B: int, L: int, tokens: int, together: bool) -> Iterator[tuple[slice
 class _Blockwise(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, piece: Piece, layout: Layout | None, tokens: int, n: int, x: Tensor, *rest: Tensor
+        ctx: Any, piece: Piece, layout: Layout | None, tokens: int, n: int, x: Tensor, project: Tensor, *rest: Tensor
     ) -> tuple[Tensor, ...]:
         state, parameters = rest[:n], rest[n:]
         B, L, _ = x.shape
@@ -72,12 +76,12 @@ class _Blockwise(torch.autograd.Function):
                 between[-1].append(carried)
                 part, carried = piece(x[rows, i:j], carried, parameters, layout and layout.slice(i, j))
                 if y is None:
-                    y = torch.empty(B, L, part.shape[-1], dtype=part.dtype, device=part.device)
-                y[rows, i:j] = part
+                    y = torch.empty(B, L, project.shape[0], dtype=part.dtype, device=part.device)
+                y[rows, i:j] = F.linear(part, project)
             for whole, t in zip(after, carried, strict=True):
                 whole[rows] = t
         assert y is not None
-        ctx.save_for_backward(x, *rest)
+        ctx.save_for_backward(x, project, *rest)
         ctx.piece, ctx.layout, ctx.tokens, ctx.n, ctx.between = piece, layout, tokens, n, between
         device = x.device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
@@ -87,15 +91,16 @@ class _Blockwise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *dafter: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, *rest = ctx.saved_tensors
+        x, project, *rest = ctx.saved_tensors
         state, parameters = rest[: ctx.n], [t.detach() for t in rest[ctx.n :]]
         B, L, _ = x.shape
         wanted = ctx.needs_input_grad[4:]
-        trained = [t.requires_grad_() for t, w in zip(parameters, wanted[1 + ctx.n :], strict=True) if w]
+        trained = [t.requires_grad_() for t, w in zip(parameters, wanted[2 + ctx.n :], strict=True) if w]
         totals: list[Tensor | None] = [None] * len(trained)
         dx = torch.zeros_like(x) if wanted[0] else None
         dstate = [torch.zeros_like(t) for t in state]
         device, dtype, enabled = ctx.autocast
+        dproject: Tensor | None = None
         for (rows, pieces), between in zip(_blocks(B, L, ctx.tokens, ctx.layout is not None), ctx.between, strict=True):
             handed = [None if t is None else t[rows] for t in dafter]
             for (i, j), before in zip(reversed(pieces), reversed(between), strict=True):
@@ -105,7 +110,11 @@ class _Blockwise(torch.autograd.Function):
                     y, last = ctx.piece(part, first, tuple(parameters), ctx.layout and ctx.layout.slice(i, j))
                 ends = [(last_, d) for last_, d in zip(last, handed, strict=True) if d is not None]
                 if dy is not None:
-                    ends.append((y, dy[rows, i:j]))
+                    dpart = dy[rows, i:j]
+                    ends.append((y, dpart @ project.to(dpart.dtype)))
+                    if wanted[1]:
+                        product = dpart.flatten(0, 1).mT @ y.detach().flatten(0, 1)
+                        dproject = product.to(project.dtype) if dproject is None else dproject.add_(product)
                 leaves = [*first, *trained] + ([part] if dx is not None else [])
                 found = torch.autograd.grad([t for t, _ in ends], leaves, [d for _, d in ends], allow_unused=True)
                 handed = list(found[: ctx.n])
@@ -119,5 +128,5 @@ class _Blockwise(torch.autograd.Function):
                 if d is not None:
                     whole[rows] = d
         sums = iter(totals)
-        dparameters = [next(sums) if w else None for w in wanted[1 + ctx.n :]]
-        return (None, None, None, None, dx, *dstate, *dparameters)
+        dparameters = [next(sums) if w else None for w in wanted[2 + ctx.n :]]
+        return (None, None, None, None, dx, dproject, *dstate, *dparameters)

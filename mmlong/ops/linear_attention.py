@@ -35,10 +35,10 @@ from torch.autograd.function import once_differentiable
 
 from mmlong.layout import Layout
 
-BLOCK_ELEMENTS = 1 << 18
+BLOCK_ELEMENTS = 1 << 20
 """Elements that a block of chunks makes on the way; larger ones spill out of a common core's caches."""
 
-MAX_CHUNKS = 32
+MAX_CHUNKS = 64
 """Chunks of a row in a block: the product that makes their boundary states is quadratic in it."""
 
 LOG2_E = math.log2(math.e)
@@ -84,6 +84,7 @@ def scalar_decay_attention(
     state: Tensor | None = None,
     layout: Layout | None = None,
     chunk: int | None = None,
+    keep: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Linear attention with scalar decay, tokens before heads as projections give them.
 
@@ -97,6 +98,8 @@ def scalar_decay_attention(
         state: ``(B, H, P, N)``, or ``None`` from the beginning.
         layout: lengths and resets are honoured.
         chunk: tokens a chunk; ``None`` chooses by the sizes.
+        keep: hold the weights of pairs until the backward instead of recomputing them, for a caller that runs short pieces of a
+            sequence (``H x chunk`` numbers a token, twice).
 
     Returns:
         ``(y, state)``: ``y (B, L, H, P)`` like ``v``, and the state at each row's own length, in at least float32.
@@ -137,12 +140,12 @@ def scalar_decay_attention(
     if torch.compiler.is_compiling() or v.device.type != "cpu":
         with torch.autocast(v.device.type, enabled=False):
             return _plain(q, k, v, g, log_input, skip, state, documents, size)
-    return _ScalarDecay.apply(q, k, v, g, log_input, skip, state, documents, size)
+    return _ScalarDecay.apply(q, k, v, g, log_input, skip, state, documents, size, torch.is_grad_enabled(), keep)
 
 
 def default_chunk(H: int, N: int, P: int) -> int:
     """Tokens a chunk: the state's work falls with it and the pairs' work grows, and narrow heads are all pairs' work."""
-    return 32 if N * P <= 1024 else 64 if N * P < 4096 else 128
+    return 32 if N * P <= 1024 else 64 if N * P <= 4096 else 128
 
 
 def _one_token(
@@ -349,10 +352,20 @@ class _Chunks:
         """States ``(R, H, n, P, N)`` of a boundary a chunk to ``(Z G, h P, N)``."""
         return boundaries.transpose(1, 2).reshape(self.Z * self.G, self.h * self.P, self.N)
 
-    def output(self, states: Tensor) -> Tensor:
-        """``y (Z, T, H, P)`` given the states before each chunk ``(Z G, h P, N)``."""
+    def output(self, states: Tensor, whole: Tensor | None = None) -> Tensor:
+        """``y (Z, T, H, P)`` given the states before each chunk ``(Z G, h P, N)``, written into its place in ``whole``."""
         y = self.ungroup(self.q @ states.mT)
-        return torch.addcmul(self.unhead(self.M @ self.head(self.v)), y, self.per_token(self.into), out=y)
+        return self.combine(self.unhead(self.M @ self.head(self.v)), y, self.per_token(self.into), whole)
+
+    def combine(self, within: Tensor, across: Tensor, weight: Tensor, whole: Tensor | None) -> Tensor:
+        """``within + weight * across``, all ``(Z, T, H, P)``, written into its place in ``whole``; ``across`` is used up."""
+        if whole is None:
+            return torch.addcmul(within, across, weight, out=across)
+        if self.R == 1 and whole.dtype == self.dtype:
+            place = self.slab(whole).view(self.Z, self.T, self.H, self.P)
+            return torch.addcmul(within, across, weight, out=place)
+        self.store(whole, torch.addcmul(within, across, weight, out=across))
+        return across
 
     def returning(self, dy: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
         """``into * dy`` by group, and the states' gradients at the boundaries, given the one after the block."""
@@ -373,13 +386,16 @@ class _ScalarDecay(torch.autograd.Function):
         state: Tensor,
         documents: Tensor | None,
         size: int,
+        recorded: bool,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
         (B, L, H, P), N, dtype = v.shape, k.shape[-1], state.dtype
         elements = H * (2 * min(size, L) + 3 * P + 2 * N)
         y = torch.empty(v.shape, dtype=v.dtype)
-        keep = any(ctx.needs_input_grad)
+        recorded = recorded and any(ctx.needs_input_grad)
         size = min(size, L)
-        states = torch.empty(B, H, -(-L // size) + 1, P, N, dtype=dtype) if keep else None
+        states = torch.empty(B, H, -(-L // size) + 1, P, N, dtype=dtype) if recorded else None
+        kept: dict[tuple[int, int], _Chunks] = {}
         final = torch.empty_like(state)
         with torch.autocast("cpu", enabled=False):
             for blocks in _blocks(B, L, size, elements):
@@ -389,7 +405,9 @@ class _ScalarDecay(torch.autograd.Function):
                     boundaries = c.states(S)
                     if states is not None:
                         states[block.rows, :, block.first : block.first + block.n] = boundaries[:, :, :-1]
-                    c.store(y, c.output(c.per_chunk(boundaries[:, :, :-1])))
+                    c.output(c.per_chunk(boundaries[:, :, :-1]), y)
+                    if recorded and keep:
+                        kept[block.rows.start, block.start] = c
                     S = boundaries[:, :, -1]
                 final[blocks[0].rows] = S
                 if states is not None:
@@ -397,7 +415,7 @@ class _ScalarDecay(torch.autograd.Function):
         # In a low precision the output is too coarse for the difference of products that gives the decay's gradient.
         exact = y if y.dtype == dtype else None
         ctx.save_for_backward(q, k, v, g, log_input, skip, states, documents, exact)
-        ctx.size, ctx.elements = size, elements
+        ctx.size, ctx.elements, ctx.kept = size, elements, kept
         ctx.set_materialize_grads(False)
         return y, final
 
@@ -416,14 +434,15 @@ class _ScalarDecay(torch.autograd.Function):
             for blocks in _blocks(B, L, ctx.size, ctx.elements):
                 dS = dstate[blocks[0].rows]
                 for block in reversed(blocks):
-                    c = _Chunks(block, (q, k, v, g, log_input), skip, documents, dtype)
+                    c = ctx.kept.pop((block.rows.start, block.start), None)
+                    c = c or _Chunks(block, (q, k, v, g, log_input), skip, documents, dtype)
                     dS = _block_backward(c, dy, y, states, dS, dq, dk, dv, dg, dinput, dskip)
                 dstate[blocks[0].rows] = dS
         if documents is not None:
             # Nothing passes the decay of a document's first token.
             first = torch.diff(documents, dim=1, prepend=torch.zeros_like(documents[:, :1])) != 0
             dg.masked_fill_(first[..., None], 0)
-        return dq, dk, dv, dg, dinput, dskip, dstate, None, None
+        return dq, dk, dv, dg, dinput, dskip, dstate, None, None, None, None
 
 
 def _block_backward(
@@ -452,8 +471,7 @@ def _block_backward(
 
     dy_head = c.head(dy)
     value = c.ungroup(c.k @ dS_after.mT)
-    torch.addcmul(c.unhead(c.M.mT @ dy_head), value, c.per_token(c.out), out=value)
-    c.store(dv, value)
+    value = c.combine(c.unhead(c.M.mT @ dy_head), value, c.per_token(c.out), dv)
 
     dM = dy_head @ c.head(c.v).mT  # (Z H, T, T)
     own = dM.view(Z, H, -1)[..., :: T + 1].clone() if c.skip is not None else None  # dy_t . v_t

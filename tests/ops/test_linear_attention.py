@@ -63,6 +63,17 @@ def test_blocks_equal_recurrence(
     assert_same(inputs, got, scalar_decay_reference(**inputs))
 
 
+def test_kept_weights_change_nothing() -> None:
+    inputs = make(2, 75, 4, 2, 5, 3)
+    kept = scalar_decay_attention(**inputs, chunk=8, keep=True)
+    cotangents = [torch.ones_like(t) for t in kept]
+    want = scalar_decay_attention(**inputs, chunk=8)
+    mine, theirs = (torch.autograd.grad(t, list(inputs.values()), cotangents, retain_graph=True) for t in (kept, want))
+    torch.testing.assert_close([*kept, *mine], [*want, *theirs], rtol=0, atol=0)
+    # They are used up by the first backward; a second one over the same graph makes them anew.
+    torch.testing.assert_close(torch.autograd.grad(kept, list(inputs.values()), cotangents), mine, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("absent", [{"log_input"}, {"skip"}, {"state"}, {"log_input", "skip", "state"}])
 def test_optional_inputs(absent: set[str]) -> None:
     inputs = {name: t for name, t in make(2, 35, 2, 1, 4, 3).items() if name not in absent}
