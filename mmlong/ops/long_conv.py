@@ -25,6 +25,9 @@ from mmlong.layout import Layout
 BLOCK_ELEMENTS = 1 << 21
 """Elements of a block of channels, as transformed."""
 
+TOKEN_ELEMENTS = 1 << 16
+"""Elements of a block of the past, for one token."""
+
 
 def long_conv_reference(u: Tensor, k: Tensor, past: Tensor | None = None) -> Tensor:
     """The definition, without a layout: ``y (B, L, D)``; arguments as :func:`long_conv`."""
@@ -74,7 +77,7 @@ def long_conv(
         if layout is not None and layout.resets is not None:
             y = _documents(padded, k, layout)
         elif L == 1:
-            y = (padded[:, -lags:] * k.flip(0)).sum(1, keepdim=True)
+            y = _one_token(padded, k)
         else:
             # Inputs out of every lag's reach are not transformed.
             first = max(0, P - k.shape[0] + 1)
@@ -82,11 +85,25 @@ def long_conv(
         return y.to(u.dtype), _after(padded, P, layout, P + L if reach is None else min(P + L, reach - 1))
 
 
+def _one_token(padded: Tensor, k: Tensor) -> Tensor:
+    """The output at the last input, by blocks of lags, so that turned filters and products stay in the cache."""
+    (B, total, D), M = padded.shape, k.shape[0]
+    step = max(64, TOKEN_ELEMENTS // (B * D))
+    y = padded.new_zeros(B, 1, D)
+    for lag in range(0, M, step):
+        part = k[lag : lag + step].flip(0)
+        stop = total - lag
+        y = y + (padded[:, stop - part.shape[0] : stop] * part).sum(1, keepdim=True)
+    return y
+
+
 def _after(padded: Tensor, P: int, layout: Layout | None, size: int) -> Tensor:
     """The last ``size`` inputs of each row's last document at its own length, zeros before it."""
     B, total, D = padded.shape
     if layout is None or (layout.lengths is None and layout.resets is None):
-        return padded[:, total - size :].clone()
+        kept = padded[:, total - size :]
+        # With a past, the padded row is a tensor of its own already; a small part of it must not hold on to the rest.
+        return kept if P and 2 * size > total else kept.clone()
     ends = torch.full((B,), total - P, device=padded.device) if layout.lengths is None else layout.lengths
     index = P + ends[:, None] + torch.arange(-size, 0, device=padded.device)
     first = torch.zeros_like(ends)

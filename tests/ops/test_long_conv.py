@@ -20,12 +20,14 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("B", "P", "L", "M"), [(1, 0, 1, 1), (3, 0, 63, 63), (1, 40, 1, 17), (3, 100, 257, 31), (2, 5, 64, 69)]
+    ("B", "P", "L", "M"),
+    [(1, 0, 1, 1), (3, 0, 63, 63), (1, 40, 1, 17), (2, 200, 1, 201), (3, 100, 257, 31), (2, 5, 64, 69)],
 )
 def test_fft_equals_the_definition(B: int, P: int, L: int, M: int, monkeypatch: pytest.MonkeyPatch) -> None:
     u, k, past = normal(B, L, 3), normal(M, 3, seed=1), normal(B, P, 3, seed=2)
     for elements in (1, 1 << 21):  # channels one by one, and all together
         monkeypatch.setattr(module, "BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr(module, "TOKEN_ELEMENTS", elements)
         y, kept = long_conv(u, k, past, reach=M)
         torch.testing.assert_close(y, long_conv_reference(u, k, past), rtol=1e-11, atol=1e-11)
         inputs = torch.cat([past, u], 1)
@@ -89,7 +91,17 @@ def test_gradients(L: int, packed: bool) -> None:
         valid = None if layout is None else layout.valid(L)
         return y if valid is None else torch.where(valid[..., None], y, 0), kept
 
-    assert torch.autograd.gradcheck(run, leaves)
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+
+
+def test_a_kept_past_does_not_live_in_the_inputs_memory() -> None:
+    u, k = normal(1, 9, 2), normal(30, 2)
+    _, first = long_conv(u, k)
+    _, second = long_conv(u, k, first)
+    expected = torch.cat([u, u], 1).clone()
+    u.zero_()
+    first.zero_()
+    torch.testing.assert_close(second, expected)
 
 
 def test_fft_sizes() -> None:
