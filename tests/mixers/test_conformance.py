@@ -24,8 +24,16 @@ class Nearer:
     constants: dict[str, int] = field(default_factory=dict)
 
 
+TILES = {
+    "mmlong.ops.attention_backends.MASK_ELEMENTS": 64,
+    "mmlong.ops.tiled_attention.TILE_ELEMENTS": 1 << 12,
+    "mmlong.ops.tiled_attention.MAX_KEYS": 32,
+}
+
 NEARER: dict[str, Nearer] = {
-    "hyena": Nearer({"max_length": 100, "order": 3}),
+    "attention": Nearer({"heads": 4, "kv_heads": 2}, TILES),
+    "hyena": Nearer({"max_length": 100, "order": 3}, {"mmlong.ops.long_conv.BLOCK_ELEMENTS": 1 << 12}),
+    "local": Nearer({"window": 10, "heads": 4, "kv_heads": 2}, {"mmlong.ops.local_attention.MIN_BLOCK": 4, **TILES}),
     "mamba2": Nearer(
         {"headdim": 8, "ngroups": 2, "chunk": 16},
         {
