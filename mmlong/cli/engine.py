@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -42,6 +43,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the datamodules divide samples among ranks themselves
 }
 TRACEBACK = "MMLONG_TRACEBACK"
+TOLD = (DataError, ArchitectureMismatchError, CheckpointWriteError)
+"""Errors that say all there is to say."""
 
 
 def describe_data(data: Any) -> dict[str, Any]:
@@ -168,7 +171,7 @@ class Engine:
         except SystemExit as done:  # --print_config
             return int(done.code or 0)
         except ArgumentError as error:
-            raise CommandError(_plain(str(error))) from error
+            raise CommandError(plain(str(error))) from error
         except (ValueError, TypeError, KeyError, MisconfigurationException) as error:
             raise self._known(error) from error
         try:
@@ -184,23 +187,28 @@ class Engine:
             return 130
         except NonFiniteError as error:
             newest, _ = newest_whole(self.run_dir / CHECKPOINTS)
-            last = f"the last good checkpoint is {newest}" if newest else "no checkpoint was written yet"
             self._draw()
-            raise CommandError(
-                f"{error}. {last}.\nA smaller --model.optim.lr or --trainer.gradient_clip_val 1.0 often helps; go on with: "
-                f"{self._go_on()} --model.optim.lr LR",
-                status=1,
-            ) from error
-        except (DataError, ArchitectureMismatchError, CheckpointWriteError, ValueError) as error:
+            hint = "A smaller --model.optim.lr or --trainer.gradient_clip_val 1.0 often helps"
+            if newest is None:
+                hint = f"No checkpoint was written yet. {hint}"
+            else:
+                hint = f"The last good checkpoint is {newest}. {hint}; go on with: {self._go_on()} --model.optim.lr LR"
+            raise CommandError(f"{error}.\n{hint}", status=1) from error
+        except (*TOLD, ValueError) as error:
             raise self._known(error) from error
 
     def _known(self, error: BaseException) -> CommandError:
-        """A one-line message for an error that says what is wrong; ``MMLONG_TRACEBACK=1`` shows where instead."""
+        """A short message for an error that says what is wrong; ``MMLONG_TRACEBACK=1`` shows where instead."""
         if os.environ.get(TRACEBACK):
             raise error
-        told = isinstance(error, (DataError, ArchitectureMismatchError, CheckpointWriteError))
+        at: BaseException | None = error
+        while at is not None:
+            # jsonargparse wraps what a datamodule says.
+            if isinstance(at, TOLD):
+                return CommandError(str(at), status=1)
+            at = at.__cause__ or at.__context__
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        return CommandError(_plain(text) + ("" if told else f" ({TRACEBACK}=1 shows where)"), status=1)
+        return CommandError(f"{plain(text)} ({TRACEBACK}=1 shows where)", status=1)
 
     def _go_on(self) -> str:
         return command_line(["mmlong", "fit", "--ckpt_path", str(self.run_dir)])
@@ -324,7 +332,15 @@ def _listed(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _plain(text: str) -> str:
-    """A parser's message without its ornament."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(lines)
+def plain(text: str) -> str:
+    """What a parser's message comes down to: jsonargparse nests it in the types it tried."""
+    text = " ".join(text.split())
+    text = re.sub(r"^Call to compute_fn .*? failed: ", "", text)
+    inner = text.rpartition(" Errors: - ")[2].partition(" - Expected a <class 'NoneType'>")[0]
+    key = "".join(re.findall(r'^Parser key "([^"]+)"', text))
+    below = re.findall(r'Parser key "([^"]+)"', text)[1:]
+    inner = re.sub(r"^Problem with given class_path '[^']+': ", "", inner)
+    inner = re.sub(r'Parser key "[^"]+": ', "", inner)
+    inner = re.sub(r"<class '([\w.]+)'>", r"\1", inner)
+    inner = inner.strip('"') if inner.count('"') == 2 else inner
+    return f"{'.'.join([key, *below])}: {inner}" if key else inner

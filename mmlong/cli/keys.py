@@ -18,7 +18,7 @@ Tree = dict[str, Any]
 
 def class_tree(cls: type) -> Tree:
     """The keys that a class's constructor takes, dataclass arguments with their fields."""
-    hints = typing.get_type_hints(vars(cls).get("__init__", cls))
+    hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
     parameters = list(inspect.signature(cls).parameters.values())
     return {
         p.name: _below(hints.get(p.name)) for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)

@@ -51,6 +51,11 @@ def packaged() -> dict[str, Traversable]:
     return dict(sorted(found.items()))
 
 
+def main_recipes() -> list[str]:
+    """Names of the packaged recipes without their ``.debug`` sizes."""
+    return [name for name in packaged() if not name.endswith(".debug")]
+
+
 def load_recipe(name: str) -> tuple[str, dict[str, Any]]:
     """A recipe's name and its content.
 
@@ -69,7 +74,7 @@ def load_recipe(name: str) -> tuple[str, dict[str, Any]]:
         if title not in known:
             raise CommandError(
                 f"no recipe {name!r}{nearest(title, known)}: there is no such file, and the packaged recipes are "
-                f"{', '.join(known)}"
+                f"{', '.join(main_recipes())}"
             )
         source = known[title]
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mmlong.cli.errors import CommandError
-from mmlong.cli.recipes import load_recipes, packaged
+from mmlong.cli.recipes import load_recipes, main_recipes, packaged
 from mmlong.cli.runs import CONFIG, resolve_run
 from mmlong.registry import nearest
 
@@ -35,7 +35,7 @@ keys of a run
   --best_by METRIC            what makes weights the best (default: val/accuracy)
   --checkpoint_seconds S      how often to save, at most (default: 60)
 
-recipes: {recipes}
+recipes: {recipes}; each has a .debug of a few steps, to be put on top of it
 """
 
 WHAT = {
@@ -60,7 +60,7 @@ def run_training(command: str, argv: list[str]) -> int:
     """
     what, ckpt = WHAT[command]
     if any(arg in ("-h", "--help") for arg in argv):
-        print(USAGE.format(command=command, what=what, ckpt=ckpt, recipes=", ".join(packaged())), end="")
+        print(USAGE.format(command=command, what=what, ckpt=ckpt, recipes=", ".join(main_recipes())), end="")
         return 0
     names, overrides = _split(command, argv)
     checkpoint = _value_of("ckpt_path", overrides)
@@ -68,7 +68,7 @@ def run_training(command: str, argv: list[str]) -> int:
         run = resolve_run(checkpoint) if checkpoint else None
         if run is None:
             raise CommandError(
-                f"which recipe? e.g. mmlong {command} -c image/cells256; recipes: {', '.join(packaged())}"
+                f"which recipe? e.g. mmlong {command} -c image/cells256; recipes: {', '.join(main_recipes())}"
             )
         names = [str(run / CONFIG)]
     if command != "fit" and checkpoint is None and "--print_config" not in overrides:
@@ -135,6 +135,7 @@ def _quiet() -> None:
         ".*you defined a validation_step but have no val_dataloader.*",
         ".*resuming from a checkpoint that ended before the epoch ended.*",
         ".*callbacks used to create the checkpoint.*",
+        ".*Couldn't infer the batch indices.*",
         ".*No positive samples in targets.*",
         ".*No negative samples in targets.*",
         ".*callbacks returned in .LightningModule.configure_callbacks. will override.*",

@@ -54,7 +54,13 @@ class Meter(pl.Callback):
             if isinstance(logger, MetricsCSV):
                 logger.keep_until(trainer.global_step)
         self._step = trainer.global_step
-        self._mark = time.perf_counter()
+        self._mark = 0.0
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The first batch of a process waits for the loader to start, which is not training."""
+        self._mark = self._mark or time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -45,8 +45,8 @@ class MetricsCSV(Logger):
         """Nothing: the run folder holds the whole configuration."""
 
     def keep_until(self, step: int) -> None:
-        """Forget rows of later steps than ``step``: a resumed run does those steps again."""
-        kept = [row for row in self.rows if int(row["step"]) <= step]
+        """Keep the rows of the first ``step`` steps (0 to ``step - 1``); a resumed run writes the later ones again."""
+        kept = [row for row in self.rows if int(row["step"]) < step]
         if len(kept) < len(self.rows):
             self.rows, self._stale = kept, True
 
