@@ -47,7 +47,8 @@ def test_both_sides_are_seen_and_padding_is_not(direction: str) -> None:
     assert not backbone.causal
     assert not backbone.streaming
     x = torch.randn(1, 21, 16, dtype=torch.float64, requires_grad=True)
-    (g,) = torch.autograd.grad(backbone(x)[0][0, 10].sum(), x)
+    # A random direction: the plain sum of a normed token is constant and has no gradient.
+    (g,) = torch.autograd.grad((backbone(x)[0][0, 10] * torch.randn(16, dtype=torch.float64)).sum(), x)
     assert (g[0].abs().sum(-1) > 0).all()
     padded = torch.cat([x.detach(), torch.full((1, 9, 16), 1e3, dtype=torch.float64)], 1)
     y, state = backbone(padded, None, Layout(lengths=torch.tensor([21])))
