@@ -52,7 +52,8 @@ class _SwiGLU(torch.autograd.Function):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         with torch.autocast("cpu", enabled=False):
             wi, bi, wo, bo = (None if t is None else t.to(dtype) for t in (w_in, b_in, w_out, b_out))
-            assert wi is not None and wo is not None
+            assert wi is not None
+            assert wo is not None
             flat = x.reshape(-1, x.shape[-1])
             y = torch.empty(flat.shape[0], w_out.shape[0], dtype=dtype)
             middle = w_out.shape[1]

@@ -25,7 +25,8 @@ def test_blocks_equal_definition(monkeypatch: pytest.MonkeyPatch, shape: tuple[i
     dy = torch.randn(shape, dtype=torch.float64)
     leaves = [x, *[t for t in w if t is not None]]
     expected, y = swiglu_reference(x, *w), swiglu(x, *w)
-    assert y.grad_fn is not None and "SwiGLU" in y.grad_fn.name()
+    assert y.grad_fn is not None
+    assert "SwiGLU" in y.grad_fn.name()
     torch.testing.assert_close(y, expected)
     for got, want in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True):
         torch.testing.assert_close(got, want)
