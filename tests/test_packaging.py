@@ -23,7 +23,9 @@ def tree() -> set[str]:
     for folder in ("mmlong", *MAPPED):
         for path in (ROOT / folder).rglob("*"):
             inside = path.relative_to(ROOT / folder)
-            data = path.suffix == ".yaml" or path.name == "py.typed" or (path.suffix == ".md" and folder == "experiments")
+            data = (
+                path.suffix == ".yaml" or path.name == "py.typed" or (path.suffix == ".md" and folder == "experiments")
+            )
             if "__pycache__" not in path.parts and (path.suffix == ".py" or data):
                 found.add((Path(MAPPED.get(folder, folder)) / inside).as_posix())
     return found
@@ -34,14 +36,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
     # A copy, so that no build folder appears in the checkout; without isolation, so that nothing is downloaded.
     source = out / "source"
-    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     for name in names.stdout.splitlines():
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
     pytest.importorskip("setuptools", "77", reason="building a wheel needs setuptools>=77")
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)], check=True, capture_output=True
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)],
+        check=True,
+        capture_output=True,
     )
     return next(out.glob("*.whl"))
 
@@ -52,7 +58,12 @@ def test_packages_are_listed() -> None:
     there = set()
     for folder in ("mmlong", *MAPPED):
         for path in (ROOT / folder).rglob("__init__.py"):
-            there.add((Path(MAPPED.get(folder, folder)) / path.parent.relative_to(ROOT / folder)).as_posix().rstrip("/").replace("/", "."))
+            there.add(
+                (Path(MAPPED.get(folder, folder)) / path.parent.relative_to(ROOT / folder))
+                .as_posix()
+                .rstrip("/")
+                .replace("/", ".")
+            )
     assert listed == there
 
 
@@ -89,6 +100,13 @@ def test_installed_wheel_trains_a_debug_recipe_from_another_folder(wheel: Path, 
     assert "784 tokens a sample" in run.stdout
     assert "test accuracy" in run.stdout
     folder = next((away / "runs" / "image" / "mnist784").iterdir())
-    assert {"config.yaml", "metrics.csv", "checkpoints", "loss.png", "confusion.png", "predictions.png", "summary.json", "model"} <= {
-        p.name for p in folder.iterdir()
-    }
+    assert {
+        "config.yaml",
+        "metrics.csv",
+        "checkpoints",
+        "loss.png",
+        "confusion.png",
+        "predictions.png",
+        "summary.json",
+        "model",
+    } <= {p.name for p in folder.iterdir()}
