@@ -102,7 +102,7 @@ class Hyena(Mixer):
         self.filter_out = nn.Linear(filter_width, (order - 1) * dim, bias=False)
         self.bias = nn.Parameter(torch.empty(order - 1, dim))
         self.out_proj = nn.Linear(dim, dim)
-        self._kept: tuple[object, Tensor] | None = None
+        self._kept: tuple[Tensor, Tensor] | None = None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -151,19 +151,21 @@ class Hyena(Mixer):
 
     def _filters(self, lags: int, dtype: torch.dtype) -> Tensor:
         """:meth:`filters`, kept from call to call while nothing is trained, so that a token does not make them anew."""
-        parameters = [*self.filter_hidden.parameters(), self.sine_frequency, self.filter_out.weight]
-        fresh = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if fresh or any(p.is_inference() for p in parameters):
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or self.filter_out.weight.is_meta:
             self._kept = None
             return self.filters(lags, dtype)
-        key = (dtype, *((p.device, p.data_ptr(), p._version) for p in parameters))
-        kept = self._kept[1] if self._kept is not None and self._kept[0] == key else None
+        parameters = [*self.filter_hidden.parameters(), self.sine_frequency, self.filter_out.weight]
+        # Their values, since a write through `.data` (as averaged weights are swapped in) leaves no trace in a version or an address.
+        made_from = torch.cat([p.detach().flatten() for p in parameters]).to(dtype)
+        kept = None
+        if self._kept is not None and self._kept[1].dtype == dtype and self._kept[1].device == made_from.device:
+            kept = self._kept[1] if torch.equal(self._kept[0], made_from) else None
         have = 0 if kept is None else kept.shape[0]
         if kept is None or have < lags:
             # In blocks of one size, so that a lag's value does not depend, in its last bit, on the call that made it.
             blocks = [self.filters(LAGS, dtype, at) for at in range(have, lags, LAGS)]
             kept = torch.cat(blocks if kept is None else [kept, *blocks])
-            self._kept = (key, kept)
+            self._kept = (made_from, kept)
         return kept[:lags]
 
     def mix(self, x: Tensor, state: State, layout: Layout | None) -> tuple[Tensor, State]:

@@ -101,6 +101,10 @@ def test_kept_filters_follow_the_parameters() -> None:
         mixer.sine_frequency.mul_(1.1)
     torch.testing.assert_close(stream(mixer), mixer(x)[0].detach())
     assert not torch.allclose(stream(mixer), stream(twin))
+    with torch.no_grad():
+        for p in mixer.parameters():
+            p.data.mul_(0.9)
+    torch.testing.assert_close(stream(mixer), mixer(x)[0].detach())
     mixer.load_state_dict(twin.state_dict())
     torch.testing.assert_close(stream(mixer), stream(twin))
     optimiser = torch.optim.SGD(mixer.parameters(), 0.1)
