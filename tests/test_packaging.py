@@ -108,5 +108,6 @@ def test_installed_wheel_trains_a_debug_recipe_from_another_folder(wheel: Path, 
         "confusion.png",
         "predictions.png",
         "summary.json",
-        "model",
+        "config.json",
+        "model.safetensors",
     } <= {p.name for p in folder.iterdir()}
