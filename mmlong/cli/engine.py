@@ -26,7 +26,7 @@ from mmlong.cli.train import command_line, write_json
 from mmlong.datamodules.errors import DataError
 from mmlong.models import save_model
 from mmlong.tasks import ArchitectureMismatchError, Task
-from mmlong.training.checkpoints import AtomicCheckpointIO, CheckpointWriteError, newest_whole
+from mmlong.training.checkpoints import AtomicCheckpointIO, CheckpointWriteError, newest_whole, read_checkpoint, step_of
 from mmlong.training.finite import NonFiniteError, StopOnNaN
 from mmlong.training.meter import Meter, peak_memory
 from mmlong.training.metrics_csv import MetricsCSV, read_metrics
@@ -218,6 +218,8 @@ class Engine:
         self._save_config()
         begun = "" if self.resumed is None else f"; going on from {self.resumed.checkpoint}"
         self._say(f"run folder: {self.run_dir}{begun}")
+        if self.resumed is not None and 0 < trainer.max_steps <= step_of(self.resumed.checkpoint):
+            self._say(f"this run has done its {trainer.max_steps:,} steps; raise --trainer.max_steps to train on")
         trainer.fit(
             task,
             datamodule=data,
@@ -226,10 +228,11 @@ class Engine:
         )
         which, weights = self._chosen()
         if weights is not None:
-            task.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True)["state_dict"])
+            task.load_state_dict(read_checkpoint(weights)["state_dict"])
         tested: Mapping[str, float] = {}
         if self.settings.test_after_fit is not None:
-            tested = trainer.test(task, datamodule=data, verbose=False)[0]
+            # An empty list of results: the data has no test split.
+            tested = next(iter(trainer.test(task, datamodule=data, verbose=False)), {})
         if trainer.is_global_zero:
             save_model(task.model, self.run_dir)
             self._draw()
@@ -316,6 +319,8 @@ class Engine:
         }
         write_json(self.run_dir / "summary.json", summary)
         lines = []
+        if not tested and self.settings.test_after_fit is not None:
+            lines.append("not tested: the data has no test split")
         if tested:
             lines.append(f"{self.settings.recipe}: {describe(tested, 'test/')} ({which} weights)")
         speed = f", {self.meter.average_rate:,.0f} tokens a second" if self.meter.tokens else ""
@@ -342,5 +347,6 @@ def plain(text: str) -> str:
     inner = re.sub(r"^Problem with given class_path '[^']+': ", "", inner)
     inner = re.sub(r'Parser key "[^"]+": ', "", inner)
     inner = re.sub(r"<class '([\w.]+)'>", r"\1", inner)
+    inner = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1", inner)
     inner = inner.strip('"') if inner.count('"') == 2 else inner
     return f"{'.'.join([key, *below])}: {inner}" if key else inner

@@ -80,20 +80,30 @@ def resolve_checkpoint(what: str, recipe: str, root: Path) -> Resumed:
         if not (run / CHECKPOINTS).is_dir():
             raise CommandError(f"--ckpt_path {what}: no run folder (it has no {CHECKPOINTS}/)")
     elif Path(what).is_file():
-        return Resumed(Path(what), run_of(Path(what)))
+        return Resumed(_whole(Path(what)), run_of(Path(what)))
     else:
         raise CommandError(f"--ckpt_path {what}: no such file or run folder ('last' means the newest run of {recipe})")
     if what == "best":
         path = run / CHECKPOINTS / BEST
         if not path.is_file():
             raise CommandError(f"--ckpt_path best: {run} has no {BEST}; it was not evaluated yet. Use last")
-        return Resumed(path, run)
+        return Resumed(_whole(path), run)
     path_or_none, torn = newest_whole(run / CHECKPOINTS)
     for bad in torn:
         print(f"{bad} is damaged and left aside")
     if path_or_none is None:
         raise CommandError(f"--ckpt_path {what}: {run} holds no whole checkpoint", status=1)
     return Resumed(path_or_none, run)
+
+
+def _whole(path: Path) -> Path:
+    from mmlong.training.checkpoints import BadCheckpointError, read_checkpoint
+
+    try:
+        read_checkpoint(path)
+    except BadCheckpointError as error:
+        raise CommandError(f"--ckpt_path: {error}", status=1) from error
+    return path
 
 
 def new_run(recipe: str, root: Path, given: str | None) -> Path:

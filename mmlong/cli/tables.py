@@ -94,5 +94,14 @@ def run_doctor(argv: list[str]) -> int:
 
 
 def _backends(mixers: list[str], device: str) -> None:
-    for name in mixers:
-        print(f"  {name:10} portable torch")
+    """For each mixer, the backend that its op takes for float32 training here; then why the others are not."""
+    from mmlong.ops.backends import describe
+
+    # Importing the mixers has imported their ops, and so registered the backends.
+    rows = describe(device)
+    table = Table(box=None, pad_edge=False, show_header=True)
+    for heading in ("op", "backend", "usable", "why", "note"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(row["op"], row["backend"], row["usable"], row["reason"], row["note"])
+    Console(width=None if sys.stdout.isatty() else 160).print(table)

@@ -24,6 +24,10 @@ class CheckpointWriteError(OSError):
     """A checkpoint could not be written; earlier ones are as they were, and nothing half-written is left."""
 
 
+class BadCheckpointError(ValueError):
+    """A file is not a whole checkpoint, or not one that can be loaded without running code."""
+
+
 class _Watched:
     """A file for ``torch.save`` that remembers the first failed write, which torch reports as a fault of its zip archive."""
 
@@ -74,16 +78,32 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.close(folder)
 
 
-def newest_whole(folder: Path) -> tuple[Path | None, list[Path]]:
-    """The checkpoint with the highest ``step=`` in its name that loads, and the ones above it that do not.
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Load a checkpoint onto the CPU, tensors and plain values only.
 
-    Loading is with ``weights_only``: a checkpoint that would run code is not whole.
+    Raises:
+        BadCheckpointError: it is not whole, is none of ours, or holds objects that would run code.
     """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise BadCheckpointError(
+            f"{path} is no checkpoint of mmlong: it is damaged, or holds objects other than tensors and plain values, which are never loaded"
+        ) from error
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise BadCheckpointError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise BadCheckpointError(f"{path} is no checkpoint: it holds no state_dict")
+    return content
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[Path]]:
+    """The checkpoint with the highest ``step=`` in its name that loads, and the ones above it that do not."""
     torn: list[Path] = []
     for path in sorted(folder.glob("*.ckpt"), key=step_of, reverse=True):
         try:
-            torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError):
+            read_checkpoint(path)
+        except BadCheckpointError:
             torn.append(path)
         else:
             return path, torn

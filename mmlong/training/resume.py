@@ -43,7 +43,7 @@ class ResumeCheckpoint(Checkpoint):
 
     Args:
         folder: of the checkpoints.
-        seconds: at most so often, and never so often that writing takes more than a twentieth of the time.
+        seconds: at most so often, and never so often that writing takes more than a twentieth of the time; 0: every step.
         keep: how many of the newest are kept.
     """
 
@@ -127,7 +127,9 @@ class ResumeCheckpoint(Checkpoint):
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        due = time.monotonic() - self._saved_at >= max(self.seconds, self._took / SHARE)
+        # Of a large model even rare checkpoints would take much of the time; 0 asks for one at every step all the same.
+        pause = max(self.seconds, self._took / SHARE) if self.seconds else 0.0
+        due = time.monotonic() - self._saved_at >= pause
         signum = self._agreed(trainer, self.asked or int(due))
         if signum > 1:
             self._stop(trainer, signum)
