@@ -52,6 +52,7 @@ def whole_valid(layout: Layout, batch: int, length: int) -> torch.Tensor:
 
 
 @given(layouts())
+@settings(deadline=None)
 def test_valid_documents_and_starts(case: tuple[Layout, int, int]) -> None:
     layout, batch, length = case
     layout.check(batch, length)
@@ -76,6 +77,7 @@ def test_valid_documents_and_starts(case: tuple[Layout, int, int]) -> None:
 
 
 @given(layouts(), st.data())
+@settings(deadline=None)
 def test_slices_of_consecutive_pieces_make_up_the_whole(case: tuple[Layout, int, int], data: st.DataObject) -> None:
     layout, batch, length = case
     cuts = sorted({0, length, *data.draw(st.lists(st.integers(0, length), max_size=4))})
@@ -104,6 +106,7 @@ def test_a_slice_of_a_grid_keeps_the_cells_coordinates() -> None:
 
 
 @given(layouts())
+@settings(deadline=None)
 def test_flipping_tokens_is_its_own_inverse_and_leaves_padding(case: tuple[Layout, int, int]) -> None:
     layout, batch, length = case
     x = torch.arange(batch * length * 2).reshape(batch, length, 2)
@@ -117,6 +120,7 @@ def test_flipping_tokens_is_its_own_inverse_and_leaves_padding(case: tuple[Layou
 
 
 @given(layouts())
+@settings(deadline=None)
 def test_the_flipped_layout_has_the_same_documents_reversed(case: tuple[Layout, int, int]) -> None:
     layout, batch, length = case
     turned = layout.flip(length)
@@ -130,6 +134,7 @@ def test_the_flipped_layout_has_the_same_documents_reversed(case: tuple[Layout, 
 
 
 @given(layouts())
+@settings(deadline=None)
 def test_flipping_a_layout_twice_gives_its_documents_back(case: tuple[Layout, int, int]) -> None:
     layout, batch, length = case
     back = layout.flip(length).flip(length)
@@ -150,6 +155,7 @@ def test_a_flipped_grid_tells_where_each_token_now_is(lengths: torch.Tensor | No
 
 
 @given(layouts(resets=False), st.integers(1, 6))
+@settings(deadline=None)
 def test_pooling_keeps_a_group_that_has_any_valid_token(case: tuple[Layout, int, int], k: int) -> None:
     layout, batch, length = case
     pooled = layout.pool(k, length)
@@ -212,6 +218,7 @@ def test_other_pooled_grids_become_mean_coordinates(grid: tuple[int, ...], order
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(1, 2))
+@settings(deadline=None)
 def test_morton_pooling_of_a_grid_that_is_no_power_of_two(extents: list[int], level: int) -> None:
     """The pooled grid's coordinates are those of the blocks that the groups are."""
     side = 2**level
@@ -238,6 +245,7 @@ def test_pooling_refuses_what_it_cannot_mean() -> None:
 
 
 @given(GRIDS, st.sampled_from(["raster", "serpentine", "morton"]), st.randoms(use_true_random=False))
+@settings(deadline=None)
 def test_permuting_carries_the_coordinates(grid: tuple[int, ...], order: str, random: object) -> None:
     layout = Layout(grid=grid, order=order)
     length = math.prod(grid)
@@ -258,7 +266,7 @@ def test_permuting_refuses_padding_and_documents() -> None:
 
 
 @given(GRIDS, st.sampled_from(SCAN_ORDERS))
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_every_order_visits_every_cell_once(grid: tuple[int, ...], order: str) -> None:
     if order == "hilbert" and len(grid) != 2:
         with pytest.raises(ValueError, match="2-d"):
@@ -273,6 +281,7 @@ def cells_in_order(grid: tuple[int, ...], order: str) -> torch.Tensor:
 
 
 @given(GRIDS)
+@settings(deadline=None)
 def test_serpentine_steps_to_a_neighbour(grid: tuple[int, ...]) -> None:
     steps = cells_in_order(grid, "serpentine").diff(dim=0).abs().sum(-1)
     assert bool((steps == 1).all())
@@ -305,6 +314,7 @@ def test_hilbert_against_an_independent_implementation() -> None:
 
 
 @given(st.integers(0, 5), st.integers(1, 3))
+@settings(deadline=None)
 def test_morton_keeps_aligned_blocks_contiguous(level: int, axes: int) -> None:
     side = 2 ** min(level, 3)
     cells = cells_in_order((side,) * axes, "morton")
@@ -334,6 +344,7 @@ def test_orders_refuse_what_they_cannot_mean() -> None:
 
 
 @given(GRIDS, st.sampled_from(["raster", "serpentine", "morton"]))
+@settings(deadline=None)
 def test_coordinates_are_those_of_the_cell_that_a_token_holds(grid: tuple[int, ...], order: str) -> None:
     length = math.prod(grid)
     picture = torch.arange(length).reshape(grid)

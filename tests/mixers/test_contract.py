@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -292,6 +292,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 @given(states())
+@settings(deadline=None)
 def test_a_tree_taken_apart_is_put_together_again(state: Any) -> None:
     tensors = state_tensors(state)
     assert same(rebuild_state(state, tensors), state)
@@ -301,6 +302,7 @@ def test_a_tree_taken_apart_is_put_together_again(state: Any) -> None:
 
 
 @given(states(), st.lists(st.integers(0, 2), min_size=1, max_size=5))
+@settings(deadline=None)
 def test_rows_are_selected_by_index_mask_and_slice(state: Any, rows: list[int]) -> None:
     chosen = select_rows(state, torch.tensor(rows))
     for before, after in zip(state_tensors(state), state_tensors(chosen), strict=True):
