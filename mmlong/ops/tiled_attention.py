@@ -222,7 +222,7 @@ class _Tiled(torch.autograd.Function):
                 total = None
                 if block.b - block.a > MAX_KEYS:
                     total = log_sums[rows, :, block.i : block.j].reshape(*queries.shape[:2], 1)
-                dqueries = torch.zeros_like(queries)
+                dqueries: Tensor | None = None
                 for a, b in block.tiles():
                     keys = _keys(k, rows, a, b, dtype)
                     scores, weights = score(queries, keys, block, a, b)
@@ -238,15 +238,14 @@ class _Tiled(torch.autograd.Function):
                     if factor is not None:
                         scores.mul_(factor)
                     dscores = scores.sub_(d).mul_(weights)
-                    dqueries.baddbmm_(dscores, keys, alpha=ctx.scale)
+                    found = torch.bmm(dscores, keys)
+                    dqueries = found if dqueries is None else dqueries.add_(found)
                     _add_product(dk[rows, :, a:b], dscores.transpose(1, 2), queries)
-                dq[rows, :, block.i : block.j] = dqueries.view(-1, H, block.j - block.i, D)
+                assert dqueries is not None
+                dq[rows, :, block.i : block.j] = dqueries.mul_(ctx.scale).view(-1, H, block.j - block.i, D)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total (rows, G, n, D) += a @ b``, in place where the rows are one."""
-    if total.shape[0] == 1:
-        total[0].baddbmm_(a, b)
-    else:
-        total.add_(torch.bmm(a, b).view(total.shape))
+    """``total (rows, G, n, D) += a @ b``; a product that adds would be run head by head, since ``total`` is a part of something."""
+    total.add_(torch.bmm(a, b).view(total.shape))
