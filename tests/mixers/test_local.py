@@ -1,0 +1,113 @@
+"""The local mixer: against its definition, transformers' Longformer with the same weights, and a state that does not grow."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmlong.layout import Layout
+from mmlong.mixers import create_mixer
+from mmlong.mixers.local import Local
+from mmlong.mixers.state import state_bytes
+from mmlong.ops.rotary import rotary_reference
+
+
+def tokens(B: int, L: int, dim: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(B, L, dim, generator=torch.Generator().manual_seed(L), dtype=dtype)
+
+
+def by_definition(mixer: Local, x: Tensor) -> Tensor:
+    """Softmax under an explicit band."""
+    L = x.shape[1]
+    q, k, v = (w(x).unflatten(-1, (mixer.heads, -1)) for w in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    if mixer.rope:
+        q, k = (rotary_reference(t, torch.arange(L), mixer.rope_base) for t in (q, k))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    distance = torch.arange(L)[:, None] - torch.arange(L)
+    hidden = (distance > mixer.window) | (distance < (0 if mixer.causal else -mixer.window))
+    scores = (q @ k.transpose(-1, -2) / math.sqrt(mixer.head_dim)).masked_fill(hidden, -math.inf)
+    return mixer.out_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("backend", ["auto", "tiled", "blocks"])
+@pytest.mark.parametrize(("window", "L", "rope"), [(1, 63, True), (10, 257, True), (10, 63, False), (300, 63, True)])
+def test_against_the_definition(causal: bool, backend: str, window: int, L: int, rope: bool) -> None:
+    if backend == "blocks" and window >= L:
+        backend = "sdpa"
+    torch.manual_seed(0)
+    mixer = create_mixer("local", 16, causal=causal, window=window, heads=2, rope=rope, backend=backend).double()
+    x = tokens(3, L, 16).requires_grad_()
+    want, (got, _) = by_definition(mixer, x), mixer(x)
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
+    dy, leaves = torch.randn_like(want), [x, *mixer.parameters()]
+    for a, b in zip(torch.autograd.grad(got, leaves, dy), torch.autograd.grad(want, leaves, dy), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("lengths", [None, [96, 50, 1]])
+def test_against_longformer(lengths: list[int] | None) -> None:
+    longformer = pytest.importorskip("transformers.models.longformer.modeling_longformer")
+    dim, heads, window, L = 32, 4, 8, 96
+    torch.manual_seed(0)
+    config = longformer.LongformerConfig(
+        hidden_size=dim, num_attention_heads=heads, attention_window=[2 * window], attention_probs_dropout_prob=0.0
+    )
+    theirs = longformer.LongformerSelfAttention(config, layer_id=0).eval()
+    ours = create_mixer("local", dim, causal=False, window=window, heads=heads, rope=False, bias=True)
+    with torch.no_grad():
+        for mine, their in ((ours.q_proj, theirs.query), (ours.k_proj, theirs.key), (ours.v_proj, theirs.value)):
+            mine.load_state_dict(their.state_dict())
+        ours.out_proj.weight.copy_(torch.eye(dim))
+        ours.out_proj.bias.zero_()
+    x = tokens(3, L, dim, torch.float32).requires_grad_()
+    valid = torch.arange(L) < torch.tensor(lengths or [L] * 3)[:, None]
+    hidden = ~valid
+    want = theirs(
+        x,
+        attention_mask=hidden * -10000.0,
+        is_index_masked=hidden,
+        is_index_global_attn=torch.zeros_like(hidden),
+        is_global_attn=False,
+    )[0]
+    got, _ = ours(x, layout=None if lengths is None else Layout(lengths=torch.tensor(lengths)))
+    torch.testing.assert_close(got[valid], want[valid], rtol=1e-4, atol=1e-5)
+    dy = torch.randn_like(want) * valid[..., None]
+    found, true = (torch.autograd.grad(y, x, dy)[0] for y in (got, want))
+    torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 9, 63, 257])
+def test_the_state_is_of_one_size(length: int) -> None:
+    mixer = create_mixer("local", 16, window=10, heads=2)
+    _, state = mixer(tokens(3, length, 16, torch.float32))
+    assert state["k"].shape == state["v"].shape == (3, 2, 10, 8)
+    assert state["count"].tolist() == [length] * 3
+    assert state_bytes(state) == 3 * mixer.state_bytes(length) == 3 * (2 * 10 * 16 * 4 + 8)
+
+
+def test_what_lies_beyond_the_window_has_no_effect() -> None:
+    mixer = create_mixer("local", 16, window=10).double()
+    x = tokens(1, 63, 16).requires_grad_()
+    (seen,) = torch.autograd.grad(mixer(x)[0][0, 40].sum(), x)
+    touched = seen[0].abs().sum(-1).nonzero().flatten().tolist()
+    assert touched == list(range(30, 41))
+
+
+def test_positions_go_on_long_after_the_window_has_filled() -> None:
+    torch.manual_seed(0)
+    mixer = create_mixer("local", 16, window=4, heads=2).double()
+    x = tokens(2, 63, 16)
+    whole, state, parts = mixer(x)[0], None, []
+    for piece in x.split([3, 1, 30, 2, 27], 1):
+        y, state = mixer(piece, state)
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
+def test_a_window_must_see_something() -> None:
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        Local(16, window=0)
