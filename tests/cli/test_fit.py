@@ -92,12 +92,12 @@ def undisturbed(mmlong: Call, recipe: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("where", "at", "after"),
     [
-        # Known and open: with averaged weights, a stop between two evaluations does not come out the same to the bit.
+        # Known and open, cause not found: a stop between two evaluations does not come out the same to the bit.
         pytest.param(
             "training_step",
             3,
             3,
-            marks=pytest.mark.xfail(reason="averaged weights differ after this resume", strict=False),
+            marks=pytest.mark.xfail(reason="weights differ after this resume", strict=False),
         ),
         ("validation_step", 2, 4),
     ],
