@@ -60,7 +60,7 @@ class ImageModality(Modality):
         self.size = (int(size[0]), int(size[1]))
         self.channels = channels
         self.order = order
-        index = scan_order(self.size, order)
+        index = scan_order(self.size, order).clone()  # the cached one is everybody's
         self.register_buffer("order_index", index, persistent=False)
         self.register_buffer("inverse_index", torch.argsort(index), persistent=False)
         cells = torch.stack(torch.unravel_index(index, self.size), dim=-1)

@@ -84,7 +84,8 @@ class Task(pl.LightningModule):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Averaged weights, when asked for."""
-        return [EMAWeightAveraging(decay=self.optim.ema)] if self.optim.ema else []
+        # Buffers are copied: an average of indices is not an index (it rounds 3 down to 2), and fixed features need none.
+        return [EMAWeightAveraging(decay=self.optim.ema, use_buffers=False)] if self.optim.ema else []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The architecture travels with the weights, as plain JSON."""
