@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmlong.mixers.local import Local
 from mmlong.mixers.mamba2 import Mamba2
 
 Run = Callable[[Tensor], Tensor]
@@ -78,6 +79,53 @@ def mamba2(dim: int) -> Pair:
     return Pair(ours, theirs, lambda x: ours(x)[0], theirs)
 
 
+def local(dim: int) -> Pair:
+    """512 tokens to each side, in transformers' Longformer without global tokens; it has no rotary positions and no last projection."""
+    from transformers.models.longformer.modeling_longformer import LongformerConfig, LongformerSelfAttention
+
+    window = 512
+    ours = Local(dim, causal=False, window=window, rope=False, bias=True)
+    config = LongformerConfig(
+        hidden_size=dim,
+        num_attention_heads=ours.heads,
+        attention_window=[2 * window],
+        attention_probs_dropout_prob=0.0,
+    )
+    theirs: Any = LongformerSelfAttention(config, layer_id=0)
+    with torch.no_grad():
+        for theirs_, ours_ in (
+            (theirs.query, ours.q_proj),
+            (theirs.key, ours.k_proj),
+            (theirs.value, ours.v_proj),
+        ):
+            theirs_.weight.copy_(ours_.weight)
+            theirs_.bias.copy_(ours_.bias)
+        # Ours does this product too; with the unit matrix it changes nothing.
+        ours.out_proj.weight.copy_(torch.eye(dim))
+        ours.out_proj.bias.zero_()
+
+    def run_theirs(x: Tensor) -> Tensor:
+        B, L, _ = x.shape
+        # Its blocks take whole windows only; what is filled up is padding, which it is told of.
+        short = -L % (2 * window)
+        x = nn.functional.pad(x, (0, 0, 0, short))
+        hidden = torch.zeros(B, L + short, dtype=torch.bool, device=x.device)
+        hidden[:, L:] = True
+        scores = torch.zeros(B, L + short, dtype=x.dtype, device=x.device).masked_fill(hidden, -10000.0)
+        y: Tensor = theirs(
+            x,
+            attention_mask=scores,
+            is_index_masked=hidden,
+            is_index_global_attn=torch.zeros_like(hidden),
+            is_global_attn=False,
+        )[0]
+        return y[:, :L]
+
+    return Pair(ours, theirs, lambda x: ours(x)[0], run_theirs)
+
+
 CONTESTS: dict[str, Contest] = {
     "mamba2": Contest(mamba2, "transformers Mamba2Mixer", ratio=4.0, memory=2 << 30),
+    # Theirs takes about 22 GB at the default size.
+    "local": Contest(local, "transformers LongformerSelfAttention", ratio=6.0, memory=3 << 30),
 }
