@@ -30,8 +30,11 @@ from mmlong.ops.gated_norm import gated_rms_norm
 from mmlong.ops.linear_attention import scalar_decay_attention
 from mmlong.ops.short_conv import short_conv
 
-BLOCK_ELEMENTS = 1 << 21
-"""Elements of projected tokens in a block."""
+BLOCK_ELEMENTS = 1 << 20
+"""Elements of projected tokens in a block, unless that were fewer than ``BLOCK_TOKENS``."""
+
+BLOCK_TOKENS = 2048
+"""Fewer tokens in a block would spend the time on calls."""
 
 
 @register_mixer(
@@ -125,7 +128,7 @@ class Mamba2(Mixer):
             ssm = x.new_zeros(B, self.heads, self.headdim, self.d_state, dtype=dtype)
         else:
             tail, ssm = state["conv"], state["ssm"]
-        tokens = max(256, BLOCK_ELEMENTS // self.in_proj.out_features)
+        tokens = max(BLOCK_TOKENS, BLOCK_ELEMENTS // self.in_proj.out_features)
         plain = x.device.type != "cpu" or torch.compiler.is_compiling() or tokens >= B * L
         if plain:
             y, (tail, ssm) = self._piece(x, (tail, ssm), self._weights(), layout)

@@ -18,6 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from mmlong.layout import Layout
 
+STRETCH = 1024
+"""Tokens of a row in a block: at least so many where the block allows it, and a multiple, so that an op's own chunks come out even."""
+
 Piece = Callable[[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Layout | None], tuple[Tensor, tuple[Tensor, ...]]]
 """``(x (b, l, D), state, parameters, layout) -> (y (b, l, D'), state)``, differentiable, drawing no random numbers."""
 
@@ -51,11 +54,12 @@ def blockwise(
 
 
 def _blocks(B: int, L: int, tokens: int, together: bool) -> Iterator[tuple[slice, list[tuple[int, int]]]]:
-    """Sets of rows, and the pieces of the sequence for each."""
-    rows = B if together else max(1, tokens // L)
+    """Sets of rows, and the pieces of the sequence for each: several rows side by side, as long as pieces stay ``STRETCH`` long."""
+    rows = B if together else min(B, max(1, tokens // min(STRETCH, L)))
     for b in range(0, B, rows):
         count = min(rows, B - b)
         step = max(1, tokens // count)
+        step -= step % STRETCH if step > STRETCH else 0
         yield slice(b, b + count), [(i, min(i + step, L)) for i in range(0, L, step)]
 
 
@@ -74,7 +78,7 @@ class _Blockwise(torch.autograd.Function):
             between.append([])
             for i, j in pieces:
                 between[-1].append(carried)
-                part, carried = piece(x[rows, i:j], carried, parameters, layout and layout.slice(i, j))
+                part, carried = piece(x[rows, i:j].contiguous(), carried, parameters, layout and layout.slice(i, j))
                 if y is None:
                     y = torch.empty(B, L, project.shape[0], dtype=part.dtype, device=part.device)
                 y[rows, i:j] = F.linear(part, project)
@@ -104,13 +108,13 @@ class _Blockwise(torch.autograd.Function):
         for (rows, pieces), between in zip(_blocks(B, L, ctx.tokens, ctx.layout is not None), ctx.between, strict=True):
             handed = [None if t is None else t[rows] for t in dafter]
             for (i, j), before in zip(reversed(pieces), reversed(between), strict=True):
-                part = x[rows, i:j].detach().requires_grad_(dx is not None)
+                part = x[rows, i:j].detach().contiguous().requires_grad_(dx is not None)
                 first = tuple(t.detach().requires_grad_() for t in before)
                 with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
                     y, last = ctx.piece(part, first, tuple(parameters), ctx.layout and ctx.layout.slice(i, j))
                 ends = [(last_, d) for last_, d in zip(last, handed, strict=True) if d is not None]
                 if dy is not None:
-                    dpart = dy[rows, i:j]
+                    dpart = dy[rows, i:j].contiguous()
                     ends.append((y, dpart @ project.to(dpart.dtype)))
                     if wanted[1]:
                         product = dpart.flatten(0, 1).mT @ y.detach().flatten(0, 1)

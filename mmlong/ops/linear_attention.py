@@ -35,7 +35,7 @@ from torch.autograd.function import once_differentiable
 
 from mmlong.layout import Layout
 
-BLOCK_ELEMENTS = 1 << 20
+BLOCK_ELEMENTS = 1 << 21
 """Elements that a block of chunks makes on the way; larger ones spill out of a common core's caches."""
 
 MAX_CHUNKS = 64

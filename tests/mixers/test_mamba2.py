@@ -14,6 +14,7 @@ from mmlong.layout import Layout
 from mmlong.mixers import create_mixer, state_bytes
 from mmlong.mixers import mamba2 as module
 from mmlong.mixers.mamba2 import Mamba2, _discretise
+from mmlong.ops import blockwise
 from mmlong.ops.gated_norm import gated_rms_norm, gated_rms_norm_reference
 
 
@@ -47,6 +48,12 @@ def recurrence(m: Mamba2, x: Tensor) -> Tensor:
     y = y.unflatten(-1, (m.ngroups, -1))
     y = y / torch.sqrt(y.square().mean(-1, keepdim=True) + m.norm_eps)
     return m.out_proj(m.norm_weight * y.flatten(2))
+
+
+def small_blocks(monkeypatch: pytest.MonkeyPatch, elements: int = 1) -> None:
+    """Blocks of about as many tokens, or of 256 if that is more."""
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(module, "BLOCK_TOKENS", 256)
 
 
 def same_gradients(m: torch.nn.Module, x: Tensor, got: Tensor, want: Tensor, tolerance: float = 1e-9) -> None:
@@ -137,8 +144,10 @@ def test_state_against_transformers_cache() -> None:
             torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("stretch", [1024, 100])
 @pytest.mark.parametrize("layout", [None, "lengths and resets"])
-def test_blocks_equal_whole(monkeypatch: pytest.MonkeyPatch, layout: str | None) -> None:
+def test_blocks_equal_whole(monkeypatch: pytest.MonkeyPatch, layout: str | None, stretch: int) -> None:
+    monkeypatch.setattr(blockwise, "STRETCH", stretch)  # a row at a time, or two rows and then one
     m = mixer(8, headdim=4, chunk=8)
     x = torch.randn(3, 700, 8, dtype=torch.float64, requires_grad=True)
     described = None
@@ -151,7 +160,7 @@ def test_blocks_equal_whole(monkeypatch: pytest.MonkeyPatch, layout: str | None)
     state = {name: t.detach().requires_grad_() for name, t in state.items()}
     results = []
     for block in (1 << 30, 1):
-        monkeypatch.setattr(module, "BLOCK_ELEMENTS", block)
+        small_blocks(monkeypatch, block)
         y, after = m(x, state, described)
         assert ("Blockwise" in y.grad_fn.name()) == (block == 1)
         y = y if described is None else torch.where(described.valid(700)[..., None], y, 0)
@@ -167,7 +176,7 @@ def test_blocks_without_gradient_of_the_input_or_some_weights(monkeypatch: pytes
     x = torch.randn(2, 600, 8, dtype=torch.float64)
     gradients = []
     for block in (1 << 30, 1):
-        monkeypatch.setattr(module, "BLOCK_ELEMENTS", block)
+        small_blocks(monkeypatch, block)
         m.zero_grad()
         m(x)[0].square().sum().backward()
         assert m.out_proj.weight.grad is None
@@ -177,14 +186,14 @@ def test_blocks_without_gradient_of_the_input_or_some_weights(monkeypatch: pytes
 
 
 def test_under_activation_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 1)
+    small_blocks(monkeypatch)
     m = mixer(8)
     x = torch.randn(2, 300, 8, dtype=torch.float64, requires_grad=True)
     same_gradients(m, x, checkpoint(lambda t: m(t)[0], x, use_reentrant=False), m(x)[0])
 
 
 def test_bfloat16_autocast_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 1)
+    small_blocks(monkeypatch)
     m = mixer(16, torch.float32)
     x = torch.randn(2, 600, 16, requires_grad=True)
     want, _ = m(x)
