@@ -15,8 +15,8 @@ Chunk form, with ``a_t`` the sum of ``g`` from the chunk's beginning, ``s_t = a_
     S_Q  = exp(a_Q) S_0 + (exp(a_Q - s) * V)^T K
 
 The input scale rides in the exponent and the skip on the diagonal, so neither costs a pass over the tokens. Exponents are differences over ``s <= t``: nothing
-overflows at any decay; a weight's relative error is the spacing of floats at the sum of ``g`` over the chunk. Blocks of a few chunks run through the caches; the boundary states of a block come from one small triangular product instead of
-a loop. The backward is written out: it keeps the inputs, the output and the states between chunks, and recomputes the rest. The gradient of ``a_t`` needs no
+overflows at any decay; a weight's relative error is the spacing of floats at the sum of ``g`` over the chunk. Blocks of a few chunks run through the caches; where states are small, those at a block's
+boundaries come from one triangular product instead of a loop. The backward is written out: it keeps the inputs, the output and the states between chunks, and recomputes the rest. The gradient of ``a_t`` needs no
 sum over pairs, since every path through ``a_t`` as a query's side ends in ``y_t`` and as a key's side begins in ``v_t``:
 
     d a_t = dY_t . Y_t - V_t . dV_t,   plus <S_Q, dS_Q> at the chunk's end;   d g = reversed cumulative sum of d a.
@@ -40,6 +40,9 @@ BLOCK_ELEMENTS = 1 << 21
 
 MAX_CHUNKS = 64
 """Chunks of a row in a block: the product that makes their boundary states is quadratic in it."""
+
+LOOPED_ELEMENTS = 1 << 12
+"""Elements of a row's state from which a loop over the chunks costs less than that product and its copies."""
 
 LOG2_E = math.log2(math.e)
 
@@ -275,9 +278,7 @@ class _Chunks:
         self.total = a[..., -1].contiguous()  # (Z, H)
         self.into = a.exp2()
         self.out = torch.sub(self.total[..., None], s).exp2_()
-        ends = torch.zeros(self.R, self.H, self.n + 1, dtype=dtype)
-        torch.cumsum(self.total.view(self.R, self.n, self.H).transpose(1, 2), -1, out=ends[..., 1:])
-        self.across = torch.sub(ends[..., :, None], ends[..., None, :]).exp2_().tril_()  # (R, H, n + 1, n + 1)
+        self.boundary: Tensor | None = None  # (R, n + 1), the document at each boundary
         if documents is not None:
             self._cut(documents)
         self.pairs = self.q @ self.k.mT  # (Z G, T, T)
@@ -291,13 +292,12 @@ class _Chunks:
         inside = documents[rows, i:j].reshape(self.R, self.n, self.T)
         # The document before position 0 is number 0, whatever was reset there.
         before = documents[rows, i - 1] if i else torch.zeros_like(documents[rows, 0])
-        boundary = torch.cat([before[:, None], inside[..., -1]], 1)  # (R, n + 1)
-        first = boundary[:, :-1].reshape(self.Z, 1)
+        self.boundary = torch.cat([before[:, None], inside[..., -1]], 1)
+        first = self.boundary[:, :-1].reshape(self.Z, 1)
         inside = inside.reshape(self.Z, self.T)
         self.decay.masked_fill_((inside[:, :, None] != inside[:, None, :])[:, None], 0)
         self.into.masked_fill_((inside != first)[:, None], 0)
         self.out.masked_fill_((inside != inside[:, -1:])[:, None], 0)
-        self.across.masked_fill_((boundary[:, :, None] != boundary[:, None, :])[:, None], 0)
 
     def slab(self, t: Tensor) -> Tensor:
         return t[self.block.rows, self.block.start : self.block.stop]
@@ -334,23 +334,39 @@ class _Chunks:
         self.slab(where).unflatten(1, (self.n, self.T)).copy_(t.unflatten(0, (self.R, self.n)))
 
     def states(self, before: Tensor) -> Tensor:
-        """States at the ``n + 1`` boundaries ``(R, H, n + 1, P, N)``, from the one before the block ``(R, H, P, N)``."""
-        written = self.group(self.v * self.per_token(self.out)).mT @ self.k  # (Z G, h P, N)
-        return self._boundaries(self.across, before, written, 0)
+        """States at the ``n + 1`` boundaries ``(R, n + 1, H, P, N)``, from the one before the block ``(R, H, P, N)``."""
+        return self._carry(before, self.group(self.v * self.per_token(self.out)).mT @ self.k, back=False)
 
-    def _boundaries(self, weights: Tensor, outer: Tensor, inner: Tensor, at: int) -> Tensor:
-        """Weighted sums over one state from outside (at index ``at``) and ``n`` of the chunks (in ``R, n, H`` order)."""
-        n, width = self.n, self.P * self.N
-        terms = torch.empty(self.R, self.H, n + 1, width, dtype=self.dtype)
-        terms[:, :, at] = outer.reshape(self.R, self.H, width)
-        chunks = inner.view(self.R, n, self.H, width).transpose(1, 2)
-        (terms[:, :, 1:] if at == 0 else terms[:, :, :n]).copy_(chunks)
-        summed = weights.view(-1, n + 1, n + 1) @ terms.view(-1, n + 1, width)
-        return summed.view(self.R, self.H, n + 1, self.P, self.N)
+    def _carry(self, outer: Tensor, chunks: Tensor, back: bool) -> Tensor:
+        """Decayed sums over the chunks' own terms ``(Z G, h P, N)`` and one from outside, at each boundary, in either direction."""
+        R, n, H = self.R, self.n, self.H
+        terms = chunks.view(R, n, H, self.P, self.N)
+        if terms[0, 0].numel() >= LOOPED_ELEMENTS:
+            decay = self.total.view(R, n, H, 1, 1).exp2()
+            if self.boundary is not None:
+                cut = self.boundary[:, 1:] != self.boundary[:, :-1]
+                decay.masked_fill_(cut[:, :, None, None, None], 0)
+            sums = torch.empty(R, n + 1, H, self.P, self.N, dtype=self.dtype)
+            sums[:, n if back else 0] = outer
+            for c in reversed(range(n)) if back else range(n):
+                here, there = (c + 1, c) if back else (c, c + 1)
+                torch.addcmul(terms[:, c], sums[:, here], decay[:, c], out=sums[:, there])
+            return sums
+        ends = torch.zeros(R, H, n + 1, dtype=self.dtype)
+        torch.cumsum(self.total.view(R, n, H).transpose(1, 2), -1, out=ends[..., 1:])
+        weights = torch.sub(ends[..., :, None], ends[..., None, :]).exp2_().tril_()  # (R, H, n + 1, n + 1)
+        if self.boundary is not None:
+            weights.masked_fill_((self.boundary[:, :, None] != self.boundary[:, None, :])[:, None], 0)
+        both = torch.empty(R, H, n + 1, self.P * self.N, dtype=self.dtype)
+        both[:, :, n if back else 0] = outer.flatten(2)
+        (both[:, :, :n] if back else both[:, :, 1:]).copy_(terms.transpose(1, 2).flatten(3))
+        weights = weights.view(-1, n + 1, n + 1)
+        sums = (weights.mT if back else weights) @ both.view(-1, n + 1, self.P * self.N)
+        return sums.view(R, H, n + 1, self.P, self.N).transpose(1, 2)
 
     def per_chunk(self, boundaries: Tensor) -> Tensor:
-        """States ``(R, H, n, P, N)`` of a boundary a chunk to ``(Z G, h P, N)``."""
-        return boundaries.transpose(1, 2).reshape(self.Z * self.G, self.h * self.P, self.N)
+        """States ``(R, n, H, P, N)`` of a boundary a chunk to ``(Z G, h P, N)``."""
+        return boundaries.reshape(self.Z * self.G, self.h * self.P, self.N)
 
     def output(self, states: Tensor, whole: Tensor | None = None) -> Tensor:
         """``y (Z, T, H, P)`` given the states before each chunk ``(Z G, h P, N)``, written into its place in ``whole``."""
@@ -370,7 +386,7 @@ class _Chunks:
     def returning(self, dy: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
         """``into * dy`` by group, and the states' gradients at the boundaries, given the one after the block."""
         weighted = self.group(dy * self.per_token(self.into))
-        return weighted, self._boundaries(self.across.mT.contiguous(), after, weighted.mT @ self.q, self.n)
+        return weighted, self._carry(after, weighted.mT @ self.q, back=True)
 
 
 class _ScalarDecay(torch.autograd.Function):
@@ -394,7 +410,7 @@ class _ScalarDecay(torch.autograd.Function):
         y = torch.empty(v.shape, dtype=v.dtype)
         recorded = recorded and any(ctx.needs_input_grad)
         size = min(size, L)
-        states = torch.empty(B, H, -(-L // size) + 1, P, N, dtype=dtype) if recorded else None
+        states = torch.empty(B, -(-L // size) + 1, H, P, N, dtype=dtype) if recorded else None
         kept: dict[tuple[int, int], _Chunks] = {}
         final = torch.empty_like(state)
         with torch.autocast("cpu", enabled=False):
@@ -404,14 +420,14 @@ class _ScalarDecay(torch.autograd.Function):
                     c = _Chunks(block, (q, k, v, g, log_input), skip, documents, dtype)
                     boundaries = c.states(S)
                     if states is not None:
-                        states[block.rows, :, block.first : block.first + block.n] = boundaries[:, :, :-1]
-                    c.output(c.per_chunk(boundaries[:, :, :-1]), y)
+                        states[block.rows, block.first : block.first + block.n] = boundaries[:, :-1]
+                    c.output(c.per_chunk(boundaries[:, :-1]), y)
                     if recorded and keep:
                         kept[block.rows.start, block.start] = c
-                    S = boundaries[:, :, -1]
+                    S = boundaries[:, -1]
                 final[blocks[0].rows] = S
                 if states is not None:
-                    states[blocks[0].rows, :, -1] = S
+                    states[blocks[0].rows, -1] = S
         # In a low precision the output is too coarse for the difference of products that gives the decay's gradient.
         exact = y if y.dtype == dtype else None
         ctx.save_for_backward(q, k, v, g, log_input, skip, states, documents, exact)
@@ -461,11 +477,11 @@ def _block_backward(
     """Write a block's gradients in place; the gradient of the state before it, from that of the state after it."""
     Z, T, H, G, h = c.Z, c.T, c.H, c.G, c.h
     dy = c.chunks(dy_all)
-    saved = states[c.block.rows, :, c.block.first : c.block.first + c.n + 1]
-    S = c.per_chunk(saved[:, :, :-1])
+    saved = states[c.block.rows, c.block.first : c.block.first + c.n + 1]
+    S = c.per_chunk(saved[:, :-1])
     y = c.output(S) if y_all is None else c.chunks(y_all)
     dy_in, boundaries = c.returning(dy, dS)
-    after = boundaries[:, :, 1:]
+    after = boundaries[:, 1:]
     dS_after = c.per_chunk(after)  # (Z G, h P, N)
     v_out = c.group(c.v * c.per_token(c.out))
 
@@ -485,7 +501,7 @@ def _block_backward(
 
     given = (c.v * value).sum(-1)  # (Z, T, H)
     da = (dy * y).sum(-1).sub_(given)
-    ends = (saved[:, :, 1:] * after).sum((-1, -2)).transpose(1, 2).reshape(Z, H)
+    ends = (saved[:, 1:] * after).sum((-1, -2)).view(Z, H)
     da[:, -1] += ends
     c.store(dg, da.flip(1).cumsum(1).flip(1))
     if own is not None:
@@ -496,4 +512,4 @@ def _block_backward(
         given = torch.addcmul(given, own, c.skip, value=-1)
     if dinput is not None:
         c.store(dinput, given)
-    return boundaries[:, :, 0]
+    return boundaries[:, 0]

@@ -50,13 +50,15 @@ def assert_same(inputs: dict[str, Tensor], got: tuple[Tensor, Tensor], want: tup
 SIZES = [(1, 129, 2, 1, 5, 3), (3, 63, 4, 2, 4, 6), (2, 40, 3, 3, 4, 2), (3, 1, 1, 1, 4, 4), (1, 16, 8, 1, 3, 2)]
 
 
+@pytest.mark.parametrize("looped", [1, 1 << 12], ids=["looped", "product"])
 @pytest.mark.parametrize("block", [1 << 18, 1], ids=["large blocks", "a chunk a block"])
 @pytest.mark.parametrize("chunk", [None, 8, 1])
 @pytest.mark.parametrize("sizes", SIZES)
 def test_blocks_equal_recurrence(
-    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...], chunk: int | None, block: int
+    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...], chunk: int | None, block: int, looped: int
 ) -> None:
     monkeypatch.setattr(module, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(module, "LOOPED_ELEMENTS", looped)
     inputs = make(*sizes)
     got = scalar_decay_attention(**inputs, chunk=chunk)
     assert "ScalarDecay" in got[0].grad_fn.name()
@@ -92,13 +94,16 @@ def test_lengths_and_resets(data: st.DataObject) -> None:
     layout = Layout(lengths=lengths, resets=resets)
     want = scalar_decay_reference(**inputs, layout=layout)
     chunk = data.draw(st.integers(1, 6))
+    looped = data.draw(st.sampled_from([1, 1 << 12]))
     valid = layout.valid(L)
     keep = torch.ones(B, L, dtype=torch.bool) if valid is None else valid
 
     def seen(result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return torch.where(keep[..., None, None], result[0], 0), result[1]
 
-    assert_same(inputs, seen(scalar_decay_attention(**inputs, layout=layout, chunk=chunk)), seen(want))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "LOOPED_ELEMENTS", looped)
+        assert_same(inputs, seen(scalar_decay_attention(**inputs, layout=layout, chunk=chunk)), seen(want))
     documents = layout.documents()
     if lengths is None:
         tensors = [inputs[name] for name in NAMES]
