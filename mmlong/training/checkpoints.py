@@ -91,7 +91,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is no checkpoint of mmlong: it is damaged, or holds objects other than tensors and plain values, which are never loaded"
         ) from error
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise BadCheckpointError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise BadCheckpointError(f"{path} is damaged or no checkpoint: {reason}") from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise BadCheckpointError(f"{path} is no checkpoint: it holds no state_dict")
     return content

@@ -57,6 +57,7 @@ class ResumeCheckpoint(Checkpoint):
         self._took = 0.0
         self._step = -1
         self._path: Path | None = None
+        self._stopping: int | None = None
 
     # signals
 
@@ -117,8 +118,11 @@ class ResumeCheckpoint(Checkpoint):
         return int(trainer.strategy.reduce(torch.tensor(float(value), device=trainer.strategy.root_device),
                                            reduce_op="max"))  # fmt: skip
 
-    def _stop(self, trainer: pl.Trainer, signum: int) -> None:
-        raise RunStoppedError(self._save(trainer), signum, trainer.global_step)
+    def _stop(self, trainer: pl.Trainer) -> None:
+        """Stop, if it was decided to; the state was saved then."""
+        if self._stopping is not None:
+            assert self._path is not None
+            raise RunStoppedError(self._path, self._stopping, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -131,14 +135,27 @@ class ResumeCheckpoint(Checkpoint):
         pause = max(self.seconds, self._took / SHARE) if self.seconds else 0.0
         due = time.monotonic() - self._saved_at >= pause
         signum = self._agreed(trainer, self.asked or int(due))
-        if signum > 1:
-            self._stop(trainer, signum)
-        if signum == 1 or trainer.global_step == trainer.max_steps:
+        if signum or trainer.global_step == trainer.max_steps:
             self._save(trainer)
+        if signum > 1:
+            # Not yet: what this step logs is written after this hook.
+            self._stopping = signum
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop here if told to during the step before."""
+        self._stop(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Or here, if that was the epoch's last step."""
+        if trainer.global_step != trainer.max_steps:
+            self._stop(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save before evaluation, which can be long."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._stop(trainer)
             self._save(trainer)
 
     def on_validation_batch_end(
@@ -148,5 +165,6 @@ class ResumeCheckpoint(Checkpoint):
         """Stop if asked; the state was saved before evaluation began."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             signum = self._agreed(trainer, self.asked or 0)
-            if signum > 1:
-                self._stop(trainer, signum)
+            if signum:
+                self._stopping = signum
+                self._stop(trainer)
