@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from mmlong.layout import Layout
-from mmlong.mixers import create_mixer
 from mmlong.mixers.attention import Attention, head_sizes
 from mmlong.mixers.state import state_bytes
 from mmlong.ops.backends import BackendError
@@ -40,9 +40,9 @@ def by_definition(mixer: Attention, x: Tensor) -> Tensor:
     "options", [{}, {"heads": 4, "kv_heads": 2}, {"heads": 2, "head_dim": 7, "rope": False}], ids=str
 )
 @pytest.mark.parametrize(("B", "L"), [(1, 1), (3, 63), (1, 257)])
-def test_against_the_definition(causal: bool, options: dict[str, int], B: int, L: int) -> None:
+def test_against_the_definition(causal: bool, options: dict[str, Any], B: int, L: int) -> None:
     torch.manual_seed(0)
-    mixer = create_mixer("attention", 32, causal=causal, **options).double()
+    mixer = Attention(32, causal=causal, **options).double()
     x = tokens(B, L, 32).requires_grad_()
     want, (got, _) = by_definition(mixer, x), mixer(x)
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
@@ -61,7 +61,7 @@ def test_against_llama(kv_heads: int) -> None:
     )
     config._attn_implementation = "eager"
     theirs = llama.LlamaAttention(config, layer_idx=0).eval()
-    ours = create_mixer("attention", dim, heads=4, kv_heads=kv_heads)
+    ours = Attention(dim, heads=4, kv_heads=kv_heads)
     for a, b in (("q_proj", "q_proj"), ("k_proj", "k_proj"), ("v_proj", "v_proj"), ("out_proj", "o_proj")):
         getattr(ours, a).load_state_dict(getattr(theirs, b).state_dict())
     x = tokens(3, L, dim, torch.float32).requires_grad_()
@@ -81,7 +81,7 @@ def test_against_llama(kv_heads: int) -> None:
 
 def test_a_reset_forgets_keys_and_positions() -> None:
     torch.manual_seed(0)
-    mixer = create_mixer("attention", 16, heads=2).double()
+    mixer = Attention(16, heads=2).double()
     x = tokens(2, 40, 16)
     resets = torch.zeros(2, 40, dtype=torch.bool)
     resets[0, 25] = True
@@ -95,7 +95,7 @@ def test_a_reset_forgets_keys_and_positions() -> None:
 
 
 def test_full_rows_keep_no_counts_and_state_bytes_are_exact() -> None:
-    mixer = create_mixer("attention", 32, heads=4, kv_heads=2)
+    mixer = Attention(32, heads=4, kv_heads=2)
     _, state = mixer(tokens(3, 63, 32, torch.float32))
     assert set(state) == {"k", "v"}
     assert state_bytes(state) == 3 * mixer.state_bytes(63) == 3 * 2 * 2 * 8 * 63 * 4
@@ -132,7 +132,7 @@ def test_options_are_checked() -> None:
 def test_dropout_drops_in_training_only() -> None:
     torch.manual_seed(0)
     x = tokens(1, 63, 32)
-    mixer, plain = (create_mixer("attention", 32, dropout=p).double() for p in (0.5, 0.0))
+    mixer, plain = (Attention(32, dropout=p).double() for p in (0.5, 0.0))
     plain.load_state_dict(mixer.state_dict())
     assert not torch.allclose(mixer(x)[0], plain(x)[0])
     torch.testing.assert_close(mixer.eval()(x)[0], plain(x)[0])

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from mmlong.layout import Layout
-from mmlong.mixers import create_mixer
 from mmlong.mixers.local import Local
 from mmlong.mixers.state import state_bytes
 from mmlong.ops.rotary import rotary_reference
@@ -21,13 +20,14 @@ def tokens(B: int, L: int, dim: int, dtype: torch.dtype = torch.float64) -> Tens
 
 def by_definition(mixer: Local, x: Tensor) -> Tensor:
     """Softmax under an explicit band."""
-    L = x.shape[1]
+    L, window = x.shape[1], mixer.window
+    assert window is not None
     q, k, v = (w(x).unflatten(-1, (mixer.heads, -1)) for w in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
     if mixer.rope:
         q, k = (rotary_reference(t, torch.arange(L), mixer.rope_base) for t in (q, k))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     distance = torch.arange(L)[:, None] - torch.arange(L)
-    hidden = (distance > mixer.window) | (distance < (0 if mixer.causal else -mixer.window))
+    hidden = (distance > window) | (distance < (0 if mixer.causal else -window))
     scores = (q @ k.transpose(-1, -2) / math.sqrt(mixer.head_dim)).masked_fill(hidden, -math.inf)
     return mixer.out_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
@@ -39,7 +39,7 @@ def test_against_the_definition(causal: bool, backend: str, window: int, L: int,
     if backend == "blocks" and window >= L:
         backend = "sdpa"
     torch.manual_seed(0)
-    mixer = create_mixer("local", 16, causal=causal, window=window, heads=2, rope=rope, backend=backend).double()
+    mixer = Local(16, causal=causal, window=window, heads=2, rope=rope, backend=backend).double()
     x = tokens(3, L, 16).requires_grad_()
     want, (got, _) = by_definition(mixer, x), mixer(x)
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
@@ -57,7 +57,7 @@ def test_against_longformer(lengths: list[int] | None) -> None:
         hidden_size=dim, num_attention_heads=heads, attention_window=[2 * window], attention_probs_dropout_prob=0.0
     )
     theirs = longformer.LongformerSelfAttention(config, layer_id=0).eval()
-    ours = create_mixer("local", dim, causal=False, window=window, heads=heads, rope=False, bias=True)
+    ours = Local(dim, causal=False, window=window, heads=heads, rope=False, bias=True)
     with torch.no_grad():
         for mine, their in ((ours.q_proj, theirs.query), (ours.k_proj, theirs.key), (ours.v_proj, theirs.value)):
             mine.load_state_dict(their.state_dict())
@@ -82,7 +82,7 @@ def test_against_longformer(lengths: list[int] | None) -> None:
 
 @pytest.mark.parametrize("length", [1, 9, 63, 257])
 def test_the_state_is_of_one_size(length: int) -> None:
-    mixer = create_mixer("local", 16, window=10, heads=2)
+    mixer = Local(16, window=10, heads=2)
     _, state = mixer(tokens(3, length, 16, torch.float32))
     assert state["k"].shape == state["v"].shape == (3, 2, 10, 8)
     assert state["count"].tolist() == [length] * 3
@@ -90,7 +90,7 @@ def test_the_state_is_of_one_size(length: int) -> None:
 
 
 def test_what_lies_beyond_the_window_has_no_effect() -> None:
-    mixer = create_mixer("local", 16, window=10).double()
+    mixer = Local(16, window=10).double()
     x = tokens(1, 63, 16).requires_grad_()
     (seen,) = torch.autograd.grad(mixer(x)[0][0, 40].sum(), x)
     touched = seen[0].abs().sum(-1).nonzero().flatten().tolist()
@@ -99,7 +99,7 @@ def test_what_lies_beyond_the_window_has_no_effect() -> None:
 
 def test_positions_go_on_long_after_the_window_has_filled() -> None:
     torch.manual_seed(0)
-    mixer = create_mixer("local", 16, window=4, heads=2).double()
+    mixer = Local(16, window=4, heads=2).double()
     x = tokens(2, 63, 16)
     whole, state, parts = mixer(x)[0], None, []
     for piece in x.split([3, 1, 30, 2, 27], 1):

@@ -144,8 +144,8 @@ def test_varlen_runs_over_documents_one_after_another(monkeypatch: pytest.Monkey
         assert max_q == int(over_q.diff().max())
         parts = []
         for a, b in zip(over_q[:-1].tolist(), over_q[1:].tolist(), strict=True):
-            one = (t[a:b].transpose(0, 1)[None] for t in (q, k, v))
-            parts.append(attention_reference(*one, Visible(None, 0))[0].transpose(0, 1))
+            one_q, one_k, one_v = (t[a:b].transpose(0, 1)[None] for t in (q, k, v))
+            parts.append(attention_reference(one_q, one_k, one_v, Visible(None, 0))[0].transpose(0, 1))
         return torch.cat(parts)
 
     stand_in = types.ModuleType("torch.nn.attention.varlen")

@@ -33,7 +33,8 @@ def test_against_the_definition(
 ) -> None:
     monkeypatch.setattr(module, "MIN_BLOCK", block)
     leaves = draw(2, 4, 2, L, L + past)
-    agree(window_in_blocks(*leaves, Visible(left, right)), local_reference(*leaves, left, right), leaves)
+    q, k, v = leaves
+    agree(window_in_blocks(q, k, v, Visible(left, right)), local_reference(q, k, v, left, right), leaves)
 
 
 def test_rows_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
