@@ -30,10 +30,10 @@ from mmlong.ops.gated_norm import gated_rms_norm
 from mmlong.ops.linear_attention import scalar_decay_attention
 from mmlong.ops.short_conv import short_conv
 
-BLOCK_ELEMENTS = 1 << 20
+BLOCK_ELEMENTS = 1 << 21
 """Elements of projected tokens in a block, unless that were fewer than ``BLOCK_TOKENS``."""
 
-BLOCK_TOKENS = 2048
+BLOCK_TOKENS = 4096
 """Fewer tokens in a block would spend the time on calls."""
 
 

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from mmlong.layout import Layout
 
-STRETCH = 1024
+STRETCH = 2048
 """Tokens of a row in a block: at least so many where the block allows it, and a multiple, so that an op's own chunks come out even."""
 
 Piece = Callable[[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], Layout | None], tuple[Tensor, tuple[Tensor, ...]]]
@@ -101,7 +101,7 @@ class _Blockwise(torch.autograd.Function):
         wanted = ctx.needs_input_grad[4:]
         trained = [t.requires_grad_() for t, w in zip(parameters, wanted[2 + ctx.n :], strict=True) if w]
         totals: list[Tensor | None] = [None] * len(trained)
-        dx = torch.zeros_like(x) if wanted[0] else None
+        dx = torch.empty_like(x) if wanted[0] else None
         dstate = [torch.zeros_like(t) for t in state]
         device, dtype, enabled = ctx.autocast
         dproject: Tensor | None = None
@@ -126,8 +126,8 @@ class _Blockwise(torch.autograd.Function):
                     if gradient is not None:
                         total = totals[k]
                         totals[k] = gradient if total is None else total.add_(gradient)
-                if dx is not None and found[-1] is not None:
-                    dx[rows, i:j] = found[-1]
+                if dx is not None:
+                    dx[rows, i:j] = 0 if found[-1] is None else found[-1]
             for whole, d in zip(dstate, handed, strict=True):
                 if d is not None:
                     whole[rows] = d

@@ -35,7 +35,7 @@ from torch.autograd.function import once_differentiable
 
 from mmlong.layout import Layout
 
-BLOCK_ELEMENTS = 1 << 21
+BLOCK_ELEMENTS = 1 << 22
 """Elements that a block of chunks makes on the way; larger ones spill out of a common core's caches."""
 
 MAX_CHUNKS = 64
@@ -330,6 +330,12 @@ class _Chunks:
         """``(Z, H, T)`` to a view ``(Z, T, H, 1)``."""
         return t.transpose(1, 2).unsqueeze(-1)
 
+    def place(self, whole: Tensor) -> Tensor | None:
+        """This block's part of ``whole (B, L, ...)`` as chunks ``(Z, T, ...)``, if that is a view of the accumulation type."""
+        part = self.slab(whole)
+        direct = part.is_contiguous() and whole.dtype == self.dtype
+        return part.view(self.Z, self.T, *whole.shape[2:]) if direct else None
+
     def store(self, where: Tensor, t: Tensor) -> None:
         self.slab(where).unflatten(1, (self.n, self.T)).copy_(t.unflatten(0, (self.R, self.n)))
 
@@ -377,8 +383,7 @@ class _Chunks:
         """``within + weight * across``, all ``(Z, T, H, P)``, written into its place in ``whole``; ``across`` is used up."""
         if whole is None:
             return torch.addcmul(within, across, weight, out=across)
-        if self.R == 1 and whole.dtype == self.dtype:
-            place = self.slab(whole).view(self.Z, self.T, self.H, self.P)
+        if (place := self.place(whole)) is not None:
             return torch.addcmul(within, across, weight, out=place)
         self.store(whole, torch.addcmul(within, across, weight, out=across))
         return across
@@ -493,11 +498,12 @@ def _block_backward(
     own = dM.view(Z, H, -1)[..., :: T + 1].clone() if c.skip is not None else None  # dy_t . v_t
     dpairs = dM.view(Z, G, h, T, T).mul_(c.decay.view(Z, G, h, T, T))
     dpairs = (dpairs.sum(2) if h > 1 else dpairs).view(Z * G, T, T)
-    for where, t in (
-        (dq, torch.baddbmm(dpairs @ c.k, dy_in, S)),
-        (dk, torch.baddbmm(dpairs.mT @ c.q, v_out, dS_after)),
-    ):
-        c.store(where, t.view(Z, G, T, -1).transpose(1, 2))
+    for whole, part, a, b in ((dq, dpairs @ c.k, dy_in, S), (dk, dpairs.mT @ c.q, v_out, dS_after)):
+        place = c.place(whole) if G == 1 else None
+        if place is not None:
+            torch.baddbmm(part, a, b, out=place.squeeze(2))
+        else:
+            c.store(whole, part.baddbmm_(a, b).view(Z, G, T, -1).transpose(1, 2))
 
     given = (c.v * value).sum(-1)  # (Z, T, H)
     da = (dy * y).sum(-1).sub_(given)

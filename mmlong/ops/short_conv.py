@@ -26,7 +26,7 @@ from mmlong.layout import Layout
 
 Activation = Literal["silu"] | None
 
-BLOCK_ELEMENTS = 1 << 18
+BLOCK_ELEMENTS = 1 << 19
 """Elements of a block of tokens; it, the block it makes and a temporary fit the second-level caches of a common processor."""
 
 ROW_ELEMENTS = 512
@@ -161,12 +161,17 @@ def _with_layout(
 # The blocked form
 
 
-def _blocks(B: int, L: int, D: int) -> Iterator[tuple[slice, int, int]]:
-    """Rows and ``start, stop`` of blocks of about ``BLOCK_ELEMENTS``; several whole rows together where rows are short."""
+def _blocks(B: int, L: int, D: int, head: int) -> Iterator[tuple[slice, int, int]]:
+    """Rows and ``start, stop`` of blocks of about ``BLOCK_ELEMENTS``; several whole rows together where rows are short.
+
+    The first ``head`` tokens are a block of their own, for all rows: only they reach back to the tail, so that every other block is a view.
+    """
+    head = min(head, L)
+    yield slice(0, B), 0, head
     tokens = max(64, BLOCK_ELEMENTS // D)
     rows = max(1, tokens // L)
     for b in range(0, B, rows):
-        for i in range(0, L, tokens):
+        for i in range(head, L, tokens):
             yield slice(b, min(b + rows, B)), i, min(i + tokens, L)
 
 
@@ -175,6 +180,7 @@ class _Taps:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, fold: int, dtype: torch.dtype) -> None:
         self.fold, (self.D, self.K) = fold, weight.shape
+        self.head = -(-self.K // fold) * fold
         self.rows = [tap.repeat(fold) for tap in weight.to(dtype).t()]
         self.bias = None if bias is None else bias.to(dtype).repeat(fold)
 
@@ -239,7 +245,7 @@ class _ShortConv(torch.autograd.Function):
         taps = _Taps(weight, bias, _fold(x), dtype)
         y = torch.empty(B, L, D, dtype=x.dtype)
         before = (_zero_tail(x, K) if tail is None else tail).to(dtype)
-        for rows, i, j in _blocks(B, L, D):
+        for rows, i, j in _blocks(B, L, D, taps.head):
             padded = _padded(x, before, rows, i, j, K, dtype)
             direct = y[rows, i:j]
             out = direct if x.dtype == dtype else torch.empty(direct.shape, dtype=dtype)
@@ -267,7 +273,7 @@ class _ShortConv(torch.autograd.Function):
         else:
             dx = torch.empty(B, L, D, dtype=dtype)
             taps = _Taps(weight, bias, min(_fold(x), _fold(dy)), dtype)
-            for rows, i, j in _blocks(B, L, D):
+            for rows, i, j in _blocks(B, L, D, taps.head):
                 padded = _padded(x, before, rows, i, j, K, dtype)
                 d = dy[rows, i:j].to(dtype)
                 scratch = torch.empty(d.shape, dtype=dtype)
