@@ -82,6 +82,10 @@ class PackedDataModule(pl.LightningDataModule):
         """The samples of a split, decoded; with augmentation if ``train``."""
         raise TypeError(f"{type(self).__name__} does not say how to read samples")
 
+    def info(self) -> dict[str, Any]:
+        """What the data fixes for a model: ``modality`` (options of the modality), and for labelled data ``num_classes`` and ``class_names``."""
+        return {"modality": {}}
+
     @property
     def dataset(self) -> PackedDataset:
         """The packed dataset, opened when first asked for.

@@ -2,7 +2,7 @@
 
 A batch is a dict, so that Lightning can move it to a device::
 
-    image   uint8   (B, C, H, W)   raw values; scaling is the modality's business
+    raw     uint8   (B, C, H, W)   raw values; scaling is the modality's business
     label   int64   (B,)           class id of the chosen label field
     index   int64   (B,)           sample id within the split
     weight  float32 (B,)           1, or 0 for a filler of evaluation and for a skipped sample: not to be counted
@@ -186,7 +186,7 @@ class ImageSamples:
             if pixels is not None:
                 row[...] = pixels
         return {
-            "image": torch.from_numpy(images),
+            "raw": torch.from_numpy(images),
             "label": torch.tensor([label for _, label, _, _ in rows], dtype=torch.int64),
             "index": torch.tensor([sample for _, _, sample, _ in rows], dtype=torch.int64),
             "weight": torch.tensor([weight for *_, weight in rows], dtype=torch.float32),

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -102,6 +103,13 @@ class ImageDataModule(PackedDataModule):
         if dataset.manifest["modality"] != "image":
             raise DataError(self.folder, f"holds {dataset.manifest['modality']}, not images")
         return dataset
+
+    def info(self) -> dict[str, Any]:
+        """Size, channels and classes; see `PackedDataModule.info`."""
+        return {
+            "modality": {"size": list(self.size), "channels": self.channels},
+            "num_classes": self.num_classes, "class_names": list(self.class_names),
+        }  # fmt: skip
 
     def samples(self, split: str, train: bool) -> ImageSamples:
         """The images of a split, one at a time or as batches."""

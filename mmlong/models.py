@@ -77,9 +77,9 @@ class Model(nn.Module):
     def streaming(self) -> bool:
         return self.backbone.streaming
 
-    def encode(self, raw: Tensor) -> tuple[Tensor, Layout]:
-        """Raw tensors of the modality to ``(tokens, layout)``."""
-        return self.modality.encode(raw)
+    def encode(self, raw: Tensor, lengths: Tensor | None = None, resets: Tensor | None = None) -> tuple[Tensor, Layout]:
+        """Raw tensors of the modality to ``(tokens, layout)``; see :meth:`mmlong.modalities.Modality.encode`."""
+        return self.modality.encode(raw, lengths, resets)
 
     def forward_features(
         self, tokens: Tensor, state: State = None, layout: Layout | None = None

@@ -56,7 +56,7 @@ class Net(pl.LightningModule):
         )  # fmt: skip
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        return nn.functional.cross_entropy(self.net(batch["image"] / 127.5 - 1), batch["label"])
+        return nn.functional.cross_entropy(self.net(batch["raw"] / 127.5 - 1), batch["label"])
 
     def on_train_batch_end(self, *args: Any) -> None:
         if self.trainer.is_global_zero and not self.started.exists():

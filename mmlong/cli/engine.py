@@ -49,15 +49,7 @@ TOLD = (DataError, ArchitectureMismatchError, CheckpointWriteError)
 
 def describe_data(data: Any) -> dict[str, Any]:
     """What a datamodule fixes for the model: ``modality`` options, ``num_classes`` and ``class_names``."""
-    found: dict[str, Any] = {"modality": {}}
-    if hasattr(data, "size"):
-        found["modality"]["size"] = list(data.size)
-    if hasattr(data, "channels"):
-        found["modality"]["channels"] = data.channels
-    if hasattr(data, "num_classes"):
-        found["num_classes"] = data.num_classes
-        found["class_names"] = list(data.class_names)
-    return found
+    return dict(data.info()) if hasattr(data, "info") else {"modality": {}}
 
 
 class _CLI(LightningCLI):

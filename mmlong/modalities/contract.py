@@ -1,8 +1,11 @@
 """The contract of a modality: how raw tensors of one kind become a sequence and come back.
 
-    tokens, layout = modality.encode(raw)      raw tensors to tokens (B, L, C) or integer codes (B, L), and what the positions are
-    x = modality.embed(tokens, layout)         tokens to vectors (B, L, D) for the backbone; holds the parameters
-    raw = modality.decode(tokens, layout)      the exact inverse of encode
+    tokens, layout = modality.encode(raw, lengths, resets)   raw tensors to tokens, and what the positions are
+    raw = modality.decode(tokens, layout)                    the inverse of encode, exact or within the declared quantisation
+    x = modality.embed(tokens, layout)                       values(tokens) + places(index): vectors (B, L, D) for the backbone
+
+Tokens are integer codes ``(B, L)`` (``codes`` says how many there are) or real vectors ``(B, L, C)``. ``values`` knows what a token is and not where, ``places``
+knows where and not what: an autoregressive model adds the value of the token before to the place of the token it predicts.
 
 A modality knows tensors and nothing of files.
 """
@@ -23,23 +26,59 @@ class Modality(nn.Module):
 
     Args:
         dim: width D that :meth:`embed` makes.
+
+    Attributes:
+        unit: what one token is, for people: ``pixel``, ``sample``, ``nucleotide``, ``byte``.
+        codes: how many integer codes there are where tokens are ``(B, L)``; ``None`` where they are real vectors ``(B, L, C)``.
+        channels: C, numbers of raw data that one token holds: what bits per dimension divides by.
+        levels: values that each number can take (256 for bytes), which a density needs to be a probability; ``None`` where it is not quantised.
     """
+
+    unit: str = "token"
+    codes: int | None = None
+    channels: int = 1
+    levels: int | None = None
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
 
-    def encode(self, raw: Tensor) -> tuple[Tensor, Layout]:
-        """Raw tensors to tokens and their layout."""
-        raise TypeError(f"{type(self).__name__} does not define encode(raw)")
+    def encode(self, raw: Tensor, lengths: Tensor | None = None, resets: Tensor | None = None) -> tuple[Tensor, Layout]:
+        """Raw tensors to tokens and their layout.
 
-    def decode(self, tokens: Tensor, layout: Layout) -> Tensor:
+        Args:
+            raw: a batch of raw tensors, right-padded where they are uneven.
+            lengths: int64 ``(B,)``, how much of each row is valid, counted along the raw tensor's last axis; ``None``: all of it.
+            resets: bool ``(B, T)``, where a new document begins, counted likewise.
+
+        Raises:
+            TypeError: another dtype than the modality's.
+            ValueError: another shape, or lengths and resets where the modality has none.
+        """
+        raise TypeError(f"{type(self).__name__} does not define encode(raw, lengths, resets)")
+
+    def decode(self, tokens: Tensor, layout: Layout | None = None) -> Tensor:
         """Tokens back to raw tensors."""
         raise TypeError(f"{type(self).__name__} does not define decode(tokens, layout)")
 
-    def embed(self, tokens: Tensor, layout: Layout | None) -> Tensor:
-        """Tokens to ``(B, L, D)``."""
-        raise TypeError(f"{type(self).__name__} does not define embed(tokens, layout)")
+    def values(self, tokens: Tensor) -> Tensor:
+        """What the tokens are, wherever they stand: ``(B, L, D)``."""
+        raise TypeError(f"{type(self).__name__} does not define values(tokens)")
+
+    def places(self, index: Tensor | None, length: int) -> Tensor | None:
+        """Where tokens stand: ``(B or 1, L, D)``, or ``None`` for a modality whose model learns order from the mixers alone.
+
+        Args:
+            index: int64 ``(B or 1, L)``, how many tokens of the sample come before each; ``None``: ``0 .. length - 1``.
+            length: L.
+        """
+        return None
+
+    def embed(self, tokens: Tensor, layout: Layout | None = None, index: Tensor | None = None) -> Tensor:
+        """Tokens to ``(B, L, D)``: values and places."""
+        x = self.values(tokens)
+        places = self.places(index, tokens.shape[1])
+        return x if places is None else x + places
 
     def tokens_per_sample(self) -> int | None:
         """L, where every sample has the same; else ``None``."""

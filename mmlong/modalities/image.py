@@ -45,6 +45,8 @@ class ImageModality(Modality):
         bands: octaves of the Fourier position features.
     """
 
+    unit = "pixel"
+    levels = 256
     order_index: Tensor
     inverse_index: Tensor
     features: Tensor
@@ -72,13 +74,15 @@ class ImageModality(Modality):
         """``H * W``."""
         return self.size[0] * self.size[1]
 
-    def encode(self, raw: Tensor) -> tuple[Tensor, Layout]:
+    def encode(self, raw: Tensor, lengths: Tensor | None = None, resets: Tensor | None = None) -> tuple[Tensor, Layout]:
         """uint8 ``(B, C, H, W)`` to float ``(B, H * W, C)`` in [-1, 1], and the grid.
 
         Raises:
             TypeError: not uint8.
-            ValueError: another shape than ``(B, channels, *size)``.
+            ValueError: another shape than ``(B, channels, *size)``, or lengths or resets: an image is whole.
         """
+        if lengths is not None or resets is not None:
+            raise ValueError("images are whole and one a row: they take neither lengths nor resets")
         if raw.dtype != torch.uint8:
             raise TypeError(f"an image is uint8 (B, C, H, W), got {raw.dtype}: scale floats to 0..255 and round")
         if raw.ndim != 4 or tuple(raw.shape[1:]) != (self.channels, *self.size):
@@ -88,16 +92,22 @@ class ImageModality(Modality):
         flat = raw.flatten(2)[:, :, self.order_index].transpose(1, 2)
         return flat.float() / 127.5 - 1, Layout(grid=self.size, order=self.order)
 
-    def decode(self, tokens: Tensor, layout: Layout) -> Tensor:
+    def decode(self, tokens: Tensor, layout: Layout | None = None) -> Tensor:
         """float ``(B, H * W, C)`` back to uint8 ``(B, C, H, W)``, rounded and clamped."""
         pixels = ((tokens.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return pixels.transpose(1, 2)[:, :, self.inverse_index].unflatten(2, self.size).contiguous()
 
-    def embed(self, tokens: Tensor, layout: Layout | None) -> Tensor:
-        """``(B, L, C)`` to ``(B, L, D)``; the position features are projected once for the whole batch."""
-        if tokens.shape[1] != self.features.shape[0]:
-            raise ValueError(
-                f"this model embeds whole images of {self.features.shape[0]} pixels, got {tokens.shape[1]}"
-            )
-        place = self.place(self.features.to(self.place.weight.dtype))
-        return self.pixel(tokens.to(self.pixel.weight.dtype)) + place
+    def values(self, tokens: Tensor) -> Tensor:
+        """``(B, L, C)`` to ``(B, L, D)``."""
+        return self.pixel(tokens.to(self.pixel.weight.dtype))
+
+    def places(self, index: Tensor | None, length: int) -> Tensor:
+        """Row and column of each pixel as Fourier features, projected; once for the whole batch where all rows agree.
+
+        Raises:
+            ValueError: more pixels than the image has.
+        """
+        if index is None and length != self.features.shape[0]:
+            raise ValueError(f"this model embeds whole images of {self.features.shape[0]} pixels, got {length}")
+        features = self.features[None] if index is None else self.features[index]
+        return self.place(features.to(self.place.weight.dtype))

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
 
 from mmlong.backbone import BackboneConfig
+from mmlong.layout import Layout
 from mmlong.models import Model
 from mmlong.training.optim import OptimConfig, build_optimizer
 
@@ -66,7 +67,13 @@ class Task(pl.LightningModule):
     def tokens_in(self, batch: dict[str, Tensor]) -> int:
         """Tokens that a batch holds, for throughput."""
         length = self.model.modality.tokens_per_sample()
-        return 0 if length is None else length * batch["label"].shape[0]
+        if length is not None:
+            return length * batch["raw"].shape[0]
+        return int(batch["lengths"].sum()) if "lengths" in batch else batch["raw"].shape[0] * batch["raw"].shape[-1]
+
+    def encode(self, batch: dict[str, Tensor]) -> tuple[Tensor, Layout]:
+        """The tokens and layout of a batch: keys ``raw``, and ``lengths`` and ``resets`` where the data has them."""
+        return self.model.encode(batch["raw"], batch.get("lengths"), batch.get("resets"))
 
     def setup(self, stage: str) -> None:
         """Compile the blocks, when asked to."""
@@ -115,4 +122,6 @@ class Task(pl.LightningModule):
 
     def counted(self, batch: dict[str, Tensor]) -> Tensor:
         """Bool ``(B,)``: samples that count; evaluation is filled up with samples of weight 0."""
-        return batch["weight"] > 0 if "weight" in batch else torch.ones_like(batch["label"], dtype=torch.bool)
+        if "weight" in batch:
+            return batch["weight"] > 0
+        return torch.ones(batch["raw"].shape[0], dtype=torch.bool, device=batch["raw"].device)

@@ -66,9 +66,9 @@ class ClassifyTask(Task):
         if self.class_weights == "balanced" and stage == "fit":
             self.weights = self.trainer.datamodule.class_weights  # type: ignore[attr-defined]
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, raw: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Raw tensors to logits ``(B, num_classes)``."""
-        tokens, layout = self.model.encode(image)
+        tokens, layout = self.model.encode(raw, lengths)
         return self.model(tokens, None, layout)[0].float()
 
     def loss(self, logits: Tensor, label: Tensor, counts: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class ClassifyTask(Task):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """One step; a sample of weight 0 (a skipped one) does not count."""
         keep, label = self.counted(batch), batch["label"]
-        logits = self(batch["image"])
+        logits = self(batch["raw"], batch.get("lengths"))
         loss = self.loss(logits, label, keep)
         count = int(keep.sum())
         right = ((logits.argmax(-1) == label) & keep).sum() / max(count, 1)
@@ -90,7 +90,7 @@ class ClassifyTask(Task):
         return loss
 
     def _evaluate(self, batch: dict[str, Tensor], metrics: MetricCollection, stage: str) -> Tensor:
-        logits, keep = self(batch["image"]), self.counted(batch)
+        logits, keep = self(batch["raw"], batch.get("lengths")), self.counted(batch)
         metrics.update(logits[keep], batch["label"][keep])
         # The plain loss, so that runs with other weights or smoothing compare.
         count = int(keep.sum())
@@ -129,5 +129,5 @@ class ClassifyTask(Task):
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Sample ids, labels and class probabilities of the samples that count."""
         keep = self.counted(batch)
-        probability = torch.softmax(self(batch["image"]), -1)
+        probability = torch.softmax(self(batch["raw"], batch.get("lengths")), -1)
         return {"index": batch["index"][keep], "label": batch["label"][keep], "probability": probability[keep]}

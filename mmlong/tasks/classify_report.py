@@ -46,7 +46,7 @@ class ClassifyReport(pl.Callback):
         if not trainer.is_global_zero or not pl_module.test_rows:
             return
         _, labels, probabilities = pl_module.test_rows[-1]
-        images = batch["image"][pl_module.counted(batch)].cpu()
+        images = batch["raw"][pl_module.counted(batch)].cpu()
         sure, guesses = probabilities.max(-1)
         for image, true, guess, chance in zip(images, labels.tolist(), guesses.tolist(), sure.tolist(), strict=True):
             kept, room = (self._right, SHOWN) if true == guess else (self._wrong, MISTAKES)

@@ -103,15 +103,15 @@ def test_batches_hold_what_was_packed(make_packed: Callable[..., PackedDataset])
     assert module.class_counts.sum() == 8
     assert torch.isclose((module.class_weights * module.class_counts).sum() / 8, torch.tensor(1.0))
     batch = next(iter(module.train_dataloader()))
-    assert batch["image"].dtype == torch.uint8
-    assert batch["image"].shape == (3, 3, 5, 7)
+    assert batch["raw"].dtype == torch.uint8
+    assert batch["raw"].shape == (3, 3, 5, 7)
     assert (batch["label"].dtype, batch["index"].dtype, batch["weight"].dtype) == (
         torch.int64,
         torch.int64,
         torch.float32,
     )
     reader = IndexedReader(dataset.split("train"))
-    for image, sample in zip(batch["image"], batch["index"], strict=True):
+    for image, sample in zip(batch["raw"], batch["index"], strict=True):
         import io
 
         expected = np.asarray(to_pixels(Image.open(io.BytesIO(reader.read(int(sample), "png"))), 3, "x"))
@@ -130,10 +130,10 @@ def test_augmentation_is_of_training_only_and_the_same_for_any_worker(
     again = ImageDataModule(str(dataset.folder), cache=True, **options)
     for a, b, c in zip(module.train_dataloader(), plain.train_dataloader(), again.train_dataloader(), strict=True):
         assert torch.equal(a["index"], b["index"])
-        assert not torch.equal(a["image"], b["image"])
-        assert torch.equal(a["image"], c["image"])
+        assert not torch.equal(a["raw"], b["raw"])
+        assert torch.equal(a["raw"], c["raw"])
     for a, b in zip(module.val_dataloader(), plain.val_dataloader(), strict=True):
-        assert torch.equal(a["image"], b["image"])
+        assert torch.equal(a["raw"], b["raw"])
 
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8))
@@ -166,7 +166,7 @@ def test_bad_sample_stops_or_is_skipped_named_and_counted(
         assert len(batches) == 4
         index, weight = torch.cat([b["index"] for b in batches]), torch.cat([b["weight"] for b in batches])
         assert index[weight == 0].tolist() == [5]
-        assert torch.cat([b["image"] for b in batches])[weight == 0].sum() == 0
+        assert torch.cat([b["raw"] for b in batches])[weight == 0].sum() == 0
     assert [(member in said, times) for said, times in skipping.skipped.items()] == [(True, 2)]
     assert caplog.text.count("skipped a bad sample") == 1
     skipping.teardown()
@@ -263,7 +263,7 @@ def test_known_dataset_packs_itself_once(
     again.setup("fit")
     assert capsys.readouterr().out == ""
     assert (module.folder / "dataset.json").stat().st_mtime_ns == stamp
-    assert next(iter(again.train_dataloader()))["image"].shape == (4, 1, 16, 16)
+    assert next(iter(again.train_dataloader()))["raw"].shape == (4, 1, 16, 16)
     assert again.class_counts.tolist() == [14, 14]
 
 

@@ -28,10 +28,10 @@ class Net(pl.LightningModule):
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         self.seen.append((self.trainer.current_epoch, tuple(batch["index"].tolist())))
-        return nn.functional.cross_entropy(self.net(batch["image"].float() / 255 - 0.5), batch["label"])
+        return nn.functional.cross_entropy(self.net(batch["raw"].float() / 255 - 0.5), batch["label"])
 
     def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
-        self.net(batch["image"].float())
+        self.net(batch["raw"].float())
 
     def configure_optimizers(self) -> Any:
         if self.ask:

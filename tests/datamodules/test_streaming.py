@@ -50,7 +50,7 @@ def test_images_and_labels_are_those_of_the_indexed_reader(make_packed: Callable
     module = ImageDataModule(str(dataset.folder), reader="streaming", batch_size=5)
     samples = module.samples("train", False)
     for batch in module.train_dataloader():
-        for image, label, sample in zip(batch["image"], batch["label"], batch["index"], strict=True):
+        for image, label, sample in zip(batch["raw"], batch["label"], batch["index"], strict=True):
             assert (image.numpy() == samples.image(int(sample))).all()
             assert label == samples.labels[sample]
         assert batch["weight"].tolist() == [1.0] * 5

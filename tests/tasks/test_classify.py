@@ -30,7 +30,7 @@ def samples(count: int) -> list[dict[str, torch.Tensor]]:
     draw = torch.Generator().manual_seed(1)
     return [
         {
-            "image": torch.randint(256, (1, *SIZE), dtype=torch.uint8, generator=draw),
+            "raw": torch.randint(256, (1, *SIZE), dtype=torch.uint8, generator=draw),
             "label": torch.tensor(n % 3),
             "index": torch.tensor(n),
             "weight": torch.tensor(1.0),
@@ -60,7 +60,7 @@ def test_padding_counts_nowhere(tmp_path: Any) -> None:
     ]
     assert found[0] == pytest.approx(found[1], abs=1e-6)
     assert int(module.confusion_counts.sum()) == 7
-    logits = module(torch.stack([row["image"] for row in real]))
+    logits = module(torch.stack([row["raw"] for row in real]))
     labels = torch.tensor([int(row["label"]) for row in real])
     assert found[0]["test/accuracy"] == pytest.approx(float((logits.argmax(-1) == labels).float().mean()))
     assert found[0]["test/loss"] == pytest.approx(float(F.cross_entropy(logits, labels)), abs=1e-5)
@@ -89,7 +89,7 @@ def test_averaged_weights_leave_the_scan_order_as_it_is() -> None:
     trainer(max_steps=4, val_check_interval=2).fit(module, data, data)
     assert torch.equal(module.model.modality.order_index, before)
     assert torch.equal(scan_order(tuple(SIZE), "morton"), before)
-    raw = samples(2)[1]["image"][None]
+    raw = samples(2)[1]["raw"][None]
     assert torch.equal(module.model.modality.decode(*module.model.encode(raw)), raw)
 
 
