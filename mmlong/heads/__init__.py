@@ -5,6 +5,19 @@ from __future__ import annotations
 from mmlong.heads.categorical import CategoricalHead
 from mmlong.heads.classify import ClassifyHead
 from mmlong.heads.contract import HEADS, Head, create_head, register_head
+from mmlong.heads.logistic_mixture import LogisticMixtureHead
 from mmlong.heads.readout import ReadoutHead
+from mmlong.heads.sampling import GREEDY, Sampling
 
-__all__ = ["HEADS", "CategoricalHead", "ClassifyHead", "Head", "ReadoutHead", "create_head", "register_head"]
+__all__ = [
+    "GREEDY",
+    "HEADS",
+    "CategoricalHead",
+    "ClassifyHead",
+    "Head",
+    "LogisticMixtureHead",
+    "ReadoutHead",
+    "Sampling",
+    "create_head",
+    "register_head",
+]

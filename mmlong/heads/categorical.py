@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmlong.heads.contract import Head, register_head
+from mmlong.heads.sampling import Sampling, draw_codes
 from mmlong.layout import Layout
 
 
@@ -37,3 +38,9 @@ class CategoricalHead(Head):
         if valid is None:
             return loss.sum(), torch.tensor(float(target.numel()), device=target.device)
         return torch.where(valid, loss, 0).sum(), valid.sum().to(loss.dtype)
+
+    def sample(
+        self, prediction: Tensor, sampling: Sampling | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Codes ``(B, L)`` drawn from logits ``(B, L, num_classes)``."""
+        return draw_codes(prediction, sampling or Sampling(), generator)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from mmlong.heads.sampling import Sampling
 from mmlong.layout import Layout
 from mmlong.registry import Registry
 
@@ -31,6 +33,12 @@ class Head(nn.Module):
     def loss(self, prediction: Tensor, target: Tensor, layout: Layout | None = None) -> tuple[Tensor, Tensor]:
         """``(sum of losses in nats, number of things predicted)``, so that parts of a batch or sequence can be added up."""
         raise TypeError(f"{type(self).__name__} does not define loss(prediction, target, layout)")
+
+    def sample(
+        self, prediction: Tensor, sampling: Sampling | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Tokens drawn from what a ``per_token`` head predicts, as its modality has them."""
+        raise TypeError(f"{type(self).__name__} predicts no tokens, so none can be drawn from it")
 
 
 HEADS: Registry[type[Head]] = Registry("head", group="mmlong.heads")

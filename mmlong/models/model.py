@@ -1,7 +1,7 @@
-"""Models: modality + backbone + head, with timm's verbs, made from a plain configuration and saved without pickles.
+"""The model: modality + backbone + head as one module, with timm's verbs, made from a plain configuration.
 
 A model has the contract's own signature, ``y, state = model(tokens, state, layout)``, where ``tokens, layout = model.encode(raw)``. Its configuration is a
-nested dict of plain values, so a folder with ``config.json`` and ``model.safetensors`` is all it takes to have it back.
+nested dict of plain values. What a model computes from its parts can differ (``kind``): :class:`Model` itself is the plain one.
 """
 
 from __future__ import annotations
@@ -9,14 +9,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmlong.backbone import Backbone, BackboneConfig
@@ -33,7 +28,7 @@ class Model(nn.Module):
     """Modality, backbone and head as one module.
 
     Args:
-        config: ``{"modality": {"name": ..., **options}, "backbone": {...BackboneConfig}, "head": {"name": ..., **options}}``.
+        config: ``{"modality": {"name": ..., **options}, "backbone": {...BackboneConfig}, "head": {"name": ..., **options}}``; ``kind`` names a subclass.
 
     Attributes:
         config: the complete configuration, JSON-able.
@@ -44,7 +39,7 @@ class Model(nn.Module):
         super().__init__()
         parts = ("modality", "backbone", "head")
         for key in config:
-            if key not in parts:
+            if key not in (*parts, "kind"):
                 raise TypeError(
                     f"a model configuration has no part {key!r}{nearest(key, parts)}; it has: {', '.join(parts)}"
                 )
@@ -58,11 +53,16 @@ class Model(nn.Module):
         self.backbone = Backbone(backbone)
         self.num_features = self.backbone.num_features
         self.modality: Modality = create_modality(dim=self.backbone.dim_in, **config["modality"])
+        config["head"] = self.complete_head(config["head"])
         length = self.modality.tokens_per_sample()
         if length is not None and "tokens" in inspect.signature(HEADS[config["head"]["name"]]).parameters:
             # A head that reads every position must know how many there are; only the model knows both sides.
             config["head"].setdefault("tokens", -(-length // self.backbone.stride))
         self.head: Head = create_head(dim=self.num_features, **config["head"])
+
+    def complete_head(self, head: dict[str, Any]) -> dict[str, Any]:
+        """The head's options with what the other parts fix; the modality is there already."""
+        return head
 
     @classmethod
     def from_config(cls, config: Config) -> Model:
@@ -137,97 +137,18 @@ class Model(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
 
-MODELS: Registry[Callable[..., Config]] = Registry("model", group="mmlong.models")
-"""Names to functions that return a model configuration."""
+KINDS: Registry[type[Model]] = Registry("kind of model", group="mmlong.kinds")
+"""What a model computes from its parts: ``plain`` is :class:`Model`, each of the others a subclass in a file of its own."""
 
 
-def register_model(name: str) -> Callable[[Callable[..., Config]], Callable[..., Config]]:
-    """Decorator for a function that returns a model configuration; its keywords are what ``create_model`` takes."""
-    return MODELS.register(name)
+def register_kind(name: str) -> Callable[[type[Model]], type[Model]]:
+    """Class decorator that names a kind of model."""
+    return KINDS.register(name)
 
 
-def create_model(name: str, **options: Any) -> Model:
-    """A named model, e.g. ``create_model("pixel_pyramid", size=[64, 64], num_classes=10)``."""
-    return Model(MODELS.create(name, **options))
+register_kind("plain")(Model)
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """Names that ``create_model`` knows."""
-    return MODELS.names(pattern)
-
-
-@register_model("pixel_pyramid")
-def pixel_pyramid(
-    size: list[int] | tuple[int, int] = (256, 256),
-    channels: int = 1,
-    num_classes: int = 2,
-    dim: tuple[int, ...] | list[int] = (16, 48, 96),
-    depth: tuple[int, ...] | list[int] = (1, 1, 4),
-    pool: tuple[int, ...] | list[int] = (4, 4),
-    mixers: tuple[str, ...] | list[Any] = ("mamba2",),
-    direction: str = "alternate",
-    head: str = "readout",
-) -> Config:
-    """Every pixel a token of the first stage, in Morton order; 2x2 blocks merge between stages. What ``image/cells256`` trains."""
-    return {
-        "modality": {"name": "image", "size": list(size), "channels": channels, "order": "morton"},
-        "backbone": {
-            "dim": list(dim),
-            "depth": list(depth),
-            "pool": list(pool),
-            "mixers": list(mixers),
-            "direction": direction,
-        },
-        "head": {"name": head, "num_classes": num_classes},
-    }
-
-
-@register_model("pixel_sequence")
-def pixel_sequence(
-    size: list[int] | tuple[int, int] = (28, 28),
-    channels: int = 1,
-    num_classes: int = 10,
-    dim: int = 64,
-    depth: int = 4,
-    mixers: tuple[str, ...] | list[Any] = ("mamba2",),
-    direction: str = "alternate",
-    order: str = "raster",
-) -> Config:
-    """One width and one length throughout: the plain sequence model of pixels in raster order. What ``image/mnist784`` trains."""
-    return {
-        "modality": {"name": "image", "size": list(size), "channels": channels, "order": order},
-        "backbone": {"dim": dim, "depth": depth, "mixers": list(mixers), "direction": direction},
-        "head": {"name": "classify", "num_classes": num_classes},
-    }
-
-
-def save_model(model: Model, folder: str | Path) -> None:
-    """Write ``config.json`` and ``model.safetensors`` into ``folder`` (made if needed)."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(model.config, indent=2) + "\n")
-
-
-def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Model:
-    """The model that :func:`save_model` wrote.
-
-    Raises:
-        FileNotFoundError: no ``config.json`` or ``model.safetensors`` there.
-        ValueError: the files do not belong together, or are damaged.
-    """
-    folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no saved model: {name} is missing")
-    try:
-        model = Model(json.loads((folder / "config.json").read_text()))
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"the saved model in {folder} is damaged: {error}") from error
-    except RuntimeError as error:
-        raise ValueError(
-            f"{folder}/model.safetensors is of another architecture than its config.json: {error}"
-        ) from error
-    return model.to(device)
+def build_model(config: Config) -> Model:
+    """The model of a configuration, of the ``kind`` that it names."""
+    return KINDS[config.get("kind", "plain")](config)

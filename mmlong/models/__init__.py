@@ -1,0 +1,23 @@
+"""Models: modality + backbone + head; by name, from a configuration, from a folder."""
+
+from __future__ import annotations
+
+from mmlong.models.autoregressive import AutoregressiveModel
+from mmlong.models.model import KINDS, Config, Model, build_model, register_kind
+from mmlong.models.named import MODELS, create_model, list_models, register_model
+from mmlong.models.saving import load_model, save_model
+
+__all__ = [
+    "KINDS",
+    "MODELS",
+    "AutoregressiveModel",
+    "Config",
+    "Model",
+    "build_model",
+    "create_model",
+    "list_models",
+    "load_model",
+    "register_kind",
+    "register_model",
+    "save_model",
+]

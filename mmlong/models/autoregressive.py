@@ -1,0 +1,127 @@
+"""Autoregressive models: the distribution of each token, given those before it.
+
+    y, state = model(tokens, state, layout)      y[:, t] predicts tokens[:, t] from tokens[:, :t] and the state
+
+The shift is inside. At position ``t`` the backbone is given the value of token ``t - 1`` and the place of token ``t``; before the first token of a document stands a
+learned start vector. So every token, the first included, has a probability, nothing crosses a reset, and a piece needs nothing of the next one. The state is the backbone's, the last token's value and how many tokens
+have passed; that is all that generation needs:
+
+    prediction, state = model.peek(state)        the distribution of the next token
+    state = model.put(state, token)              take it (or any other) as the next token
+
+The head predicts one token at every position: ``categorical`` for codes, ``logistic_mixture`` for real values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmlong.layout import Layout
+from mmlong.mixers import State, require_streaming
+from mmlong.models.model import Config, Model, register_kind
+
+
+@register_kind("autoregressive")
+class AutoregressiveModel(Model):
+    """Each token from those before it.
+
+    Args:
+        config: see :class:`mmlong.models.Model`; the backbone causal, the head one that predicts every token. ``head`` may be left out: ``categorical`` for a
+            modality of codes, else ``logistic_mixture``, with the modality's numbers.
+
+    Raises:
+        ValueError: the backbone does not stream, the head predicts no tokens, or the modality's tokens have no probability.
+    """
+
+    def __init__(self, config: Config) -> None:
+        config = {"head": {}, **config, "kind": "autoregressive"}
+        super().__init__(config)
+        require_streaming(self.backbone, "an autoregressive model")
+        if not self.head.per_token:
+            raise ValueError(
+                f"an autoregressive model predicts every token; head {self.config['head']['name']!r} predicts one thing a sequence"
+            )
+        self.start = nn.Parameter(torch.randn(self.backbone.dim_in) * 0.02)
+
+    def complete_head(self, head: dict[str, Any]) -> dict[str, Any]:
+        """The head's options with what the modality fixes."""
+        modality = self.modality
+        if modality.codes is not None:
+            known: dict[str, Any] = {"name": "categorical", "num_classes": modality.codes}
+        elif modality.levels is not None:
+            known = {"name": "logistic_mixture", "channels": modality.channels, "levels": modality.levels}
+        else:
+            raise ValueError(
+                f"tokens of {type(modality).__name__} are real numbers without levels and have no probability"
+            )
+        # Data that has classes says so to every model; here a class is a code.
+        given = {key: value for key, value in head.items() if key != "num_classes"}
+        return {**known, **given} if given.get("name", known["name"]) == known["name"] else given
+
+    def forward_features(
+        self, tokens: Tensor, state: State = None, layout: Layout | None = None
+    ) -> tuple[Tensor, State]:
+        """Tokens ``(B, L, ...)`` to the features ``(B, L, D)`` that predict each of them, and the state after them."""
+        batch, length = tokens.shape[:2]
+        values = self.modality.values(tokens)
+        start = self.start.to(values.dtype).expand(batch, 1, -1)
+        last = start if state is None else state["last"].to(values.dtype)
+        passed = torch.zeros(batch, dtype=torch.int64, device=tokens.device) if state is None else state["passed"]
+        line = torch.cat([last, values], 1)
+        before, index = line[:, :-1], None
+        resets = None if layout is None else layout.resets
+        if resets is not None:
+            before = torch.where(resets[..., None], start, before)
+        if state is not None or resets is not None or length != self.modality.tokens_per_sample():
+            index = self._index(passed, length, layout)
+        places = self.modality.places(index, length)
+        x, inner = self.backbone(
+            before if places is None else before + places, None if state is None else state["backbone"], layout
+        )
+        valid = torch.full_like(passed, length) if layout is None or layout.lengths is None else layout.lengths
+        rows = torch.arange(batch, device=tokens.device)
+        if resets is not None:
+            assert index is not None
+            # A row with nothing in this piece keeps its count.
+            passed = torch.where(valid > 0, index[rows, (valid - 1).clamp_min(0)] + 1, passed)
+        else:
+            passed = passed + valid
+        return x, {"backbone": inner, "last": line[rows, valid].unsqueeze(1), "passed": passed}
+
+    @staticmethod
+    def _index(passed: Tensor, length: int, layout: Layout | None) -> Tensor:
+        """How many tokens of its document come before each position: int64 ``(B, L)``."""
+        here = torch.arange(length, device=passed.device)
+        starts = None if layout is None else layout.starts()
+        if starts is None:
+            return passed[:, None] + here
+        return here - starts.clamp_min(0) + torch.where(starts < 0, passed[:, None], 0)
+
+    # generation
+
+    def begin(self, batch: int = 1) -> State:
+        """The state before the first token of ``batch`` rows."""
+        start = self.start.detach()
+        passed = torch.zeros(batch, dtype=torch.int64, device=start.device)
+        return {"backbone": None, "last": start.expand(batch, 1, -1), "passed": passed}
+
+    def peek(self, state: State) -> tuple[Tensor, State]:
+        """What the next token may be.
+
+        Args:
+            state: from :meth:`begin`, :meth:`put`, or a call of the model on a prompt.
+
+        Returns:
+            ``(prediction, state)``: the head's prediction ``(B, 1, ...)``, and a state for :meth:`put` only.
+        """
+        places = self.modality.places(state["passed"][:, None], 1)
+        x = state["last"] if places is None else state["last"] + places
+        y, inner = self.backbone(x, state["backbone"], None)
+        return self.forward_head(y), {**state, "backbone": inner}
+
+    def put(self, state: State, token: Tensor) -> State:
+        """The state after ``token (B, 1, ...)``, for the state that :meth:`peek` gave."""
+        return {**state, "last": self.modality.values(token), "passed": state["passed"] + 1}
