@@ -17,10 +17,27 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 SCAN_ORDERS = ("raster", "serpentine", "morton", "hilbert")
+"""The scan orders that are a name alone; see :func:`scan_order` for those that take a number."""
+
+_NUMBERED = {"block_raster": 1, "random": 0}  # the least number that each takes
+_PIXELS = "pixels:"
+
+
+def check_order(order: str) -> None:
+    """Raise ``ValueError`` unless ``order`` is a scan order."""
+    name, colon, number = order.removeprefix(_PIXELS).partition(":")
+    if name in _NUMBERED:
+        if not colon or not (number.isascii() and number.isdecimal()) or int(number) < _NUMBERED[name]:
+            example = "block_raster:8, the side of a block" if name == "block_raster" else "random:0, a seed"
+            raise ValueError(f"the scan order {order!r} needs a whole number of at least {_NUMBERED[name]}: {example}")
+    elif name not in SCAN_ORDERS or colon:
+        known = ", ".join((*SCAN_ORDERS, "block_raster:K", "random:SEED"))
+        raise ValueError(f"unknown scan order {order!r}; known: {known}, and each of them after {_PIXELS!r}")
 
 
 @lru_cache(maxsize=64)
@@ -30,22 +47,35 @@ def scan_order(grid: tuple[int, ...], order: str = "raster") -> Tensor:
     Args:
         grid: extent of each axis, e.g. ``(height, width)``; any sizes, not only powers of two.
         order: ``raster`` (last axis fastest), ``serpentine`` (every other line reversed, so that neighbours in the sequence are
-            neighbours on the grid), ``morton`` (bits of the coordinates interleaved: aligned blocks are contiguous) or
-            ``hilbert`` (2-d: blocks contiguous and neighbours adjacent).
+            neighbours on the grid), ``morton`` (bits of the coordinates interleaved: aligned blocks are contiguous),
+            ``hilbert`` (2-d: blocks contiguous and neighbours adjacent), ``block_raster:K`` (blocks of side K in raster order, each
+            in raster order; those at the far edges may be smaller) or ``random:SEED`` (one fixed permutation, the same on every
+            machine). ``pixels:ORDER`` unrolls all axes but the last by ``ORDER`` and the last, the numbers of a pixel, fastest.
 
     Returns:
         int64 ``(L,)``, a permutation of ``0..L-1``; ``tokens = pixels.flatten()[scan_order(grid, order)]``. Shared and
         cached: do not write into it.
 
     Raises:
-        ValueError: for an unknown order, an empty grid, or ``hilbert`` on a grid that is not 2-d.
+        ValueError: for an unknown order, an empty grid, ``hilbert`` on a grid that is not 2-d, or ``pixels:`` on one of one axis.
     """
+    check_order(order)
     if not grid or any(n < 1 for n in grid):
         raise ValueError(f"a grid needs axes of at least 1, got {grid}")
     total = math.prod(grid)
     raster = torch.arange(total)
     if order == "raster":
         return raster
+    if order.startswith(_PIXELS):
+        if len(grid) < 2:
+            raise ValueError(f"the order {order!r} needs a grid whose last axis is inside a pixel, got {grid}")
+        return (
+            scan_order(grid[:-1], order.removeprefix(_PIXELS))[:, None] * grid[-1] + torch.arange(grid[-1])
+        ).flatten()
+    name, _, number = order.partition(":")
+    if name == "random":
+        # Sorting raw Philox words: numpy promises that these never change, which it does not of `permutation`.
+        return torch.from_numpy(np.argsort(np.random.Philox(key=int(number)).random_raw(total), kind="stable"))
     coordinates = torch.stack(torch.unravel_index(raster, grid), dim=-1)
     if order == "serpentine":
         # A line turns round when the number of lines before it is odd, counted over all slower axes.
@@ -64,7 +94,13 @@ def scan_order(grid: tuple[int, ...], order: str = "raster") -> Tensor:
         if len(grid) != 2:
             raise ValueError(f"the hilbert order is for 2-d grids, got {grid}")
         return torch.argsort(_hilbert_code(coordinates, max(grid)), stable=True)
-    raise ValueError(f"unknown scan order {order!r}; known: {', '.join(SCAN_ORDERS)}")
+    code = torch.zeros_like(raster)  # block_raster
+    side = torch.tensor([min(int(number), n) for n in grid])
+    blocks = torch.tensor([-(-n // int(k)) for n, k in zip(grid, side, strict=True)])
+    for part, extent in ((coordinates // side, blocks), (coordinates % side, side)):
+        for axis in range(len(grid)):
+            code = code * extent[axis] + part[:, axis]
+    return torch.argsort(code, stable=True)
 
 
 def _morton_code(coordinates: Tensor) -> Tensor:
@@ -104,7 +140,7 @@ class Layout:
         resets: bool ``(B, L)``, true where a new document begins. Nothing crosses a reset: neither attention, state nor
             convolution. A reset at position 0 drops the state that came in for that row.
         grid: the N-d shape the whole sequence was unrolled from, e.g. ``(256, 256)``; its product is ``L``.
-        order: how it was unrolled, one of ``SCAN_ORDERS``.
+        order: how it was unrolled; see :func:`scan_order`.
         positions: real ``(B, L, k)`` or ``(1, L, k)`` coordinates, where there is no grid (or only a piece of one).
     """
 
@@ -123,8 +159,7 @@ class Layout:
             raise ValueError(f"positions must be (B, L, k), got {tuple(self.positions.shape)}")
         if self.grid is not None and self.positions is not None:
             raise ValueError("a layout has a grid or positions, not both")
-        if self.order not in SCAN_ORDERS:
-            raise ValueError(f"unknown scan order {self.order!r}; known: {', '.join(SCAN_ORDERS)}")
+        check_order(self.order)
 
     def check(self, batch: int, length: int) -> None:
         """Raise ``ValueError`` unless this layout describes ``batch`` rows of ``length`` positions (shapes only: no sync)."""
@@ -271,3 +306,21 @@ class Layout:
             raise ValueError("cannot permute padded rows or several documents: permute before padding and packing")
         positions = self.coordinates(index.shape[0], index.device)[:, index]
         return replace(self, grid=None, order="raster", positions=positions)
+
+
+def document_index(passed: Tensor, length: int, layout: Layout | None) -> Tensor:
+    """How many tokens of its document come before each position.
+
+    Args:
+        passed: int64 ``(B,)``, tokens of each row's document that came in earlier pieces.
+        length: L, positions of this piece.
+        layout: of this piece; resets begin a new count.
+
+    Returns:
+        int64 ``(B, L)``; at padding any number.
+    """
+    here = torch.arange(length, device=passed.device)
+    starts = None if layout is None else layout.starts()
+    if starts is None:
+        return passed[:, None] + here
+    return here - starts.clamp_min(0) + torch.where(starts < 0, passed[:, None], 0)

@@ -43,6 +43,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the datamodules divide samples among ranks themselves
 }
 TRACEBACK = "MMLONG_TRACEBACK"
+LESS_IS_BETTER = ("loss", "bits", "error")
 TOLD = (DataError, ArchitectureMismatchError, CheckpointWriteError)
 """Errors that say all there is to say."""
 
@@ -134,7 +135,7 @@ class Engine:
             folder = self.run_dir / CHECKPOINTS
             by = self.settings.best_by
             self.best = ModelCheckpoint(
-                folder, BEST.removesuffix(".ckpt"), monitor=by, mode="min" if by.endswith("loss") else "max",
+                folder, BEST.removesuffix(".ckpt"), monitor=by, mode="min" if by.endswith(LESS_IS_BETTER) else "max",
                 enable_version_counter=False, save_on_train_epoch_end=False,
             )  # fmt: skip
             callbacks += [

@@ -18,6 +18,7 @@ from mmlong.mixers.contract import (
 from mmlong.mixers.hyena import Hyena
 from mmlong.mixers.local import Local
 from mmlong.mixers.mamba2 import Mamba2
+from mmlong.mixers.masked_conv import MaskedConv2d
 from mmlong.mixers.s4d import S4D
 from mmlong.mixers.state import (
     State,
@@ -37,6 +38,7 @@ __all__ = [
     "Hyena",
     "Local",
     "Mamba2",
+    "MaskedConv2d",
     "Mixer",
     "State",
     "Traits",

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmlong.layout import Layout
+from mmlong.layout import Layout, document_index
 from mmlong.mixers import State, require_streaming
 from mmlong.models.model import Config, Model, register_kind
 
@@ -76,7 +76,7 @@ class AutoregressiveModel(Model):
         if resets is not None:
             before = torch.where(resets[..., None], start, before)
         if state is not None or resets is not None or length != self.modality.tokens_per_sample():
-            index = self._index(passed, length, layout)
+            index = document_index(passed, length, layout)
         places = self.modality.places(index, length)
         x, inner = self.backbone(
             before if places is None else before + places, None if state is None else state["backbone"], layout
@@ -90,15 +90,6 @@ class AutoregressiveModel(Model):
         else:
             passed = passed + valid
         return x, {"backbone": inner, "last": line[rows, valid].unsqueeze(1), "passed": passed}
-
-    @staticmethod
-    def _index(passed: Tensor, length: int, layout: Layout | None) -> Tensor:
-        """How many tokens of its document come before each position: int64 ``(B, L)``."""
-        here = torch.arange(length, device=passed.device)
-        starts = None if layout is None else layout.starts()
-        if starts is None:
-            return passed[:, None] + here
-        return here - starts.clamp_min(0) + torch.where(starts < 0, passed[:, None], 0)
 
     # generation
 

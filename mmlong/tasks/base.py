@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmlong.backbone import BackboneConfig
 from mmlong.layout import Layout
-from mmlong.models import Model
+from mmlong.models import Model, build_model
 from mmlong.training.optim import OptimConfig, build_optimizer
 
 _MODEL_KEY = "mmlong_model"
@@ -42,6 +42,9 @@ class Task(pl.LightningModule):
             command line fills it in.
     """
 
+    kind = "plain"
+    """Which kind of model the objective trains; see :mod:`mmlong.models`."""
+
     def __init__(
         self,
         modality: dict[str, Any],
@@ -55,8 +58,9 @@ class Task(pl.LightningModule):
         info = data_info or {}
         self.optim = optim or OptimConfig()
         self.compile_blocks = compile
-        self.model = Model(
+        self.model: Model = build_model(
             {
+                **({} if self.kind == "plain" else {"kind": self.kind}),
                 "modality": {**info.get("modality", {}), **modality},
                 "backbone": dict(vars(backbone)),
                 "head": {**({"num_classes": info["num_classes"]} if "num_classes" in info else {}), **head},

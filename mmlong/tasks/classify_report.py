@@ -43,8 +43,8 @@ class ClassifyReport(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
         """Keep some images of this batch: every mistake until there are enough, and right ones spread over the test."""
-        if not trainer.is_global_zero or not pl_module.test_rows:
-            return
+        if not trainer.is_global_zero or not pl_module.test_rows or batch["raw"].ndim != 4:
+            return  # a sheet is of images
         _, labels, probabilities = pl_module.test_rows[-1]
         images = batch["raw"][pl_module.counted(batch)].cpu()
         sure, guesses = probabilities.max(-1)

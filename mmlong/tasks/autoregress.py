@@ -1,0 +1,111 @@
+"""Autoregressive training: the probability of every token given those before it, always reported in bits.
+
+Bits per number of raw data: per dimension of an image, per sample of sound, per nucleotide, per byte (negative log-likelihood / ln 2 / numbers). With ``segment`` the step is taken in pieces
+with the state carried: the exact gradient with the activations of one piece, and no full-length logits (see :mod:`mmlong.backbone.segmented`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from mmlong.backbone import BackboneConfig
+from mmlong.backbone.segmented import segmented_loss
+from mmlong.layout import Layout
+from mmlong.mixers import State
+from mmlong.models import AutoregressiveModel
+from mmlong.tasks.autoregress_report import AutoregressReport
+from mmlong.tasks.base import Task
+from mmlong.training.optim import OptimConfig
+
+
+class AutoregressTask(Task):
+    """Likelihood training of an autoregressive model.
+
+    Args:
+        modality, backbone, optim, compile, data_info: see :class:`mmlong.tasks.base.Task`. The backbone's direction is ``causal``.
+        head: ``{name: ..., option: ...}``; left out, ``categorical`` for codes and ``logistic_mixture`` for numbers.
+        segment: tokens in a piece of a training or evaluation step; null: the whole row at once.
+        samples: how many samples a test draws from the model and leaves in the run folder; 0: none.
+        sample_length: tokens in each (a modality of one fixed size knows its own).
+    """
+
+    kind = "autoregressive"
+
+    def __init__(
+        self,
+        modality: dict[str, Any],
+        backbone: BackboneConfig,
+        head: dict[str, Any] | None = None,
+        optim: OptimConfig | None = None,
+        compile: bool = False,
+        segment: int | None = None,
+        samples: int = 4,
+        sample_length: int = 1024,
+        data_info: dict[str, Any] | None = None,
+    ) -> None:
+        if segment is not None and segment < 1:
+            raise ValueError(f"model.segment is {segment}; it is a number of tokens, or null for whole rows")
+        info = {key: value for key, value in (data_info or {}).items() if key == "modality"}
+        super().__init__(modality, backbone, head or {}, optim, compile, info)
+        self.segment = segment
+        self.samples = samples
+        self.sample_length = sample_length
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Samples at the end of a test, beside the base's."""
+        return [*super().configure_callbacks(), *([AutoregressReport()] if self.samples else [])]
+
+    def _step(self, pieces: list[Tensor], state: State, layout: Layout | None) -> tuple[Tensor, State]:
+        """Summed nats of one piece. (A module's method and not the model's: DDP sees one forward.)"""
+        (tokens,) = pieces
+        prediction, state = self.model(tokens, state, layout)
+        return self.model.head.loss(prediction, tokens, layout)[0], state
+
+    def nats(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """``(summed nats, numbers)`` of a batch: what is predicted and how many numbers of raw data that is; rows of weight 0 count nothing."""
+        tokens, layout = self.encode(batch)
+        weight = batch.get("weight")
+        if weight is not None and (layout.lengths is not None or not bool((weight > 0).all())):
+            lengths = torch.full_like(batch["index"], tokens.shape[1]) if layout.lengths is None else layout.lengths
+            layout = replace(layout, lengths=torch.where(weight > 0, lengths, 0))
+        count = tokens.shape[0] * tokens.shape[1] if layout.lengths is None else layout.lengths.sum()
+        numbers = torch.as_tensor(count, device=tokens.device) * self.model.modality.channels
+        segment = tokens.shape[1] if self.segment is None else self.segment
+        total, _ = segmented_loss(self.model, self._step, [tokens], segment, layout=layout)
+        return total, numbers
+
+    def _bits(self, batch: dict[str, Tensor], stage: str) -> Tensor:
+        total, numbers = self.nats(batch)
+        bits = total / numbers.clamp_min(1) / math.log(2)
+        evaluating = stage != "train"
+        self.log(
+            f"{stage}/bits", bits, prog_bar=True, batch_size=int(numbers), on_step=not evaluating, on_epoch=evaluating,
+            sync_dist=evaluating,
+        )  # fmt: skip
+        return bits
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The loss, in bits."""
+        bits = self._bits(batch, "train")
+        self.log("train/loss", bits, batch_size=1)
+        return bits
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Count a batch."""
+        self._bits(batch, "val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Count a batch."""
+        self._bits(batch, "test")
+
+    @property
+    def generator(self) -> AutoregressiveModel:
+        """The model, as what it is."""
+        assert isinstance(self.model, AutoregressiveModel)
+        return self.model
