@@ -1,0 +1,50 @@
+"""The masked convolution against torch's conv2d with a masked kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmlong.layout import Layout
+from mmlong.mixers import create_mixer
+
+
+def by_conv2d(mixer: torch.nn.Module, x: torch.Tensor, height: int) -> torch.Tensor:
+    radius, width, dim = mixer.radius, mixer.width, x.shape[-1]
+    kernel = torch.zeros(dim, dim, 2 * radius + 1, 2 * radius + 1, dtype=x.dtype)
+    for tap, (dr, dc) in enumerate(mixer.taps):
+        kernel[:, :, radius - dr, radius + dc] = mixer.weight[tap].T
+    image = x.transpose(1, 2).unflatten(2, (height, width))
+    return F.conv2d(image, kernel, mixer.bias, padding=radius).flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize(("height", "width", "radius"), [(1, 5, 2), (7, 9, 1), (6, 11, 3)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_it_is_the_masked_convolution(height: int, width: int, radius: int, batch: int) -> None:
+    torch.manual_seed(0)
+    mixer = create_mixer("masked_conv2d", 6, width=width, radius=radius).double()
+    torch.nn.init.normal_(mixer.bias)
+    x = torch.randn(batch, height * width, 6, dtype=torch.float64, requires_grad=True)
+    y, _ = mixer(x)
+    wanted = by_conv2d(mixer, x, height)
+    torch.testing.assert_close(y, wanted)
+    weight = torch.randn_like(y)
+    (found,) = torch.autograd.grad((y * weight).sum(), x)
+    (expected,) = torch.autograd.grad((wanted * weight).sum(), x)
+    torch.testing.assert_close(found, expected)
+
+
+def test_documents_begin_a_raster_of_their_own() -> None:
+    torch.manual_seed(0)
+    mixer = create_mixer("masked_conv2d", 4, width=5).double()
+    a, b = torch.randn(1, 13, 4, dtype=torch.float64), torch.randn(1, 17, 4, dtype=torch.float64)
+    resets = torch.zeros(1, 30, dtype=torch.bool)
+    resets[0, 13] = True
+    y, _ = mixer(torch.cat([a, b], 1), None, Layout(resets=resets))
+    torch.testing.assert_close(y, torch.cat([mixer(a)[0], mixer(b)[0]], 1))
+
+
+def test_a_row_must_be_wider_than_the_neighbourhood() -> None:
+    with pytest.raises(ValueError, match="width > 2"):
+        create_mixer("masked_conv2d", 4, width=4, radius=2)
