@@ -265,11 +265,16 @@ def test_permuting_refuses_padding_and_documents() -> None:
 # Scan orders
 
 
-@given(GRIDS, st.sampled_from(SCAN_ORDERS))
+NUMBERED = st.builds("block_raster:{}".format, st.integers(1, 10)) | st.builds("random:{}".format, st.integers(0, 99))
+
+
+@given(GRIDS, st.sampled_from(SCAN_ORDERS) | NUMBERED, st.sampled_from(["", "pixels:"]))
 @settings(max_examples=200, deadline=None)
-def test_every_order_visits_every_cell_once(grid: tuple[int, ...], order: str) -> None:
-    if order == "hilbert" and len(grid) != 2:
-        with pytest.raises(ValueError, match="2-d"):
+def test_every_order_visits_every_cell_once(grid: tuple[int, ...], order: str, prefix: str) -> None:
+    axes = len(grid) - bool(prefix)
+    order = prefix + order
+    if axes < 1 or ("hilbert" in order and axes != 2):
+        with pytest.raises(ValueError, match="2-d|inside a pixel"):
             scan_order(grid, order)
         return
     index = scan_order(grid, order)
@@ -325,6 +330,32 @@ def test_morton_keeps_aligned_blocks_contiguous(level: int, axes: int) -> None:
         size *= 2
 
 
+@given(GRIDS, st.integers(1, 5))
+@settings(deadline=None)
+def test_block_raster_is_raster_within_raster(grid: tuple[int, ...], side: int) -> None:
+    cells = cells_in_order(grid, f"block_raster:{side}").tolist()
+    assert cells == sorted(cells, key=lambda cell: ([n // side for n in cell], [n % side for n in cell]))
+
+
+@given(GRIDS.filter(lambda grid: len(grid) > 1), st.sampled_from(["serpentine", "morton", "random:3"]))
+@settings(deadline=None)
+def test_numbers_of_a_pixel_stay_together(grid: tuple[int, ...], order: str) -> None:
+    cells = cells_in_order(grid, f"pixels:{order}").unflatten(0, (-1, grid[-1]))
+    assert torch.equal(cells[:, 0, :-1], cells_in_order(grid[:-1], order))
+    assert bool((cells[..., :-1] == cells[:, :1, :-1]).all())
+    assert torch.equal(cells[..., -1], torch.arange(grid[-1]).expand(cells.shape[0], -1))
+
+
+RANDOM_0 = [0, 2, 11, 9, 1, 8, 5, 4, 3, 10, 6, 7]
+
+
+def test_random_orders_never_change() -> None:
+    """A model trained on an order must find it again, with any release and on any machine."""
+    assert scan_order((3, 4), "random:0").tolist() == RANDOM_0
+    assert scan_order((3, 4), "random:1").tolist() != RANDOM_0
+    assert scan_order((12,), "random:0").tolist() == RANDOM_0
+
+
 def test_orders_by_hand() -> None:
     assert scan_order((2, 3), "raster").tolist() == [0, 1, 2, 3, 4, 5]
     assert scan_order((3, 3), "serpentine").tolist() == [0, 1, 2, 5, 4, 3, 6, 7, 8]
@@ -333,11 +364,28 @@ def test_orders_by_hand() -> None:
     assert scan_order((2, 3), "morton").tolist() == [0, 1, 3, 4, 2, 5]
     assert scan_order((1, 1), "hilbert").tolist() == [0]
     assert scan_order((4,), "serpentine").tolist() == [0, 1, 2, 3]
+    assert scan_order((3, 3), "block_raster:2").tolist() == [0, 1, 3, 4, 2, 5, 6, 7, 8]
+    assert scan_order((2, 2), "block_raster:1").tolist() == [0, 1, 2, 3]
+    assert scan_order((2, 2, 3), "pixels:serpentine").tolist() == [0, 1, 2, 3, 4, 5, 9, 10, 11, 6, 7, 8]
 
 
 def test_orders_refuse_what_they_cannot_mean() -> None:
     with pytest.raises(ValueError, match="unknown scan order 'zigzag'"):
         scan_order((2, 2), "zigzag")
+    for order in (
+        "block_raster",
+        "block_raster:0",
+        "block_raster:x",
+        "random",
+        "random:-1",
+        "random:",
+        "pixels:random",
+    ):
+        with pytest.raises(ValueError, match=f"order '{order}' needs a whole number"):
+            scan_order((2, 2), order)
+    for order in ("raster:2", "pixels:", "pixels:pixels:raster", "Raster"):
+        with pytest.raises(ValueError, match=f"unknown scan order '{order}'"):
+            Layout(grid=(2, 2), order=order)
     for grid in ((), (2, 0)):
         with pytest.raises(ValueError, match="axes of at least 1"):
             scan_order(grid)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mmlong.layout import Layout
@@ -28,12 +29,14 @@ class Modality(nn.Module):
         dim: width D that :meth:`embed` makes.
 
     Attributes:
+        kind: what its raw tensors are, and so which files they make: ``image``, ``audio``, ``genome``, ``text``.
         unit: what one token is, for people: ``pixel``, ``sample``, ``nucleotide``, ``byte``.
         codes: how many integer codes there are where tokens are ``(B, L)``; ``None`` where they are real vectors ``(B, L, C)``.
         channels: C, numbers of raw data that one token holds: what bits per dimension divides by.
         levels: values that each number can take (256 for bytes), which a density needs to be a probability; ``None`` where it is not quantised.
     """
 
+    kind: str = ""
     unit: str = "token"
     codes: int | None = None
     channels: int = 1
@@ -83,6 +86,42 @@ class Modality(nn.Module):
     def tokens_per_sample(self) -> int | None:
         """L, where every sample has the same; else ``None``."""
         return None
+
+    def check_codes(self, tokens: Tensor) -> None:
+        """Raise ``ValueError`` unless integer tokens are ``0 .. codes - 1``: for :meth:`decode`, where a wrong code would make wrong data in silence."""
+        if self.codes is not None and tokens.numel():
+            least, most = int(tokens.min()), int(tokens.max())
+            if least < 0 or most >= self.codes:
+                raise ValueError(f"codes must be 0 .. {self.codes - 1}, got {least} .. {most}")
+
+    def quantisation(self, raw: Tensor) -> Tensor | float:
+        """How far ``decode(encode(raw))`` may be from ``raw``, number by number; 0 where it is the same, as here."""
+        return 0.0
+
+    def initialise(self, raw: Tensor, seed: int = 0) -> None:
+        """Take from raw training data what no gradient gives (a palette): a task calls it once before training. Most modalities take nothing."""
+
+    # What the conformance suite asks for; see mmlong.testing.check_modality
+
+    @classmethod
+    def example_options(cls) -> list[dict[str, Any]]:
+        """Options of small instances worth checking, of every form that the modality has."""
+        return [{}]
+
+    def example(
+        self, batch: int, length: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Raw data as a batch of it may be: ``(raw, lengths, resets)``, what :meth:`encode` takes.
+
+        Args:
+            batch: B.
+            length: the raw tensor's last axis, where the modality does not fix it.
+            generator: draws it.
+
+        Returns:
+            ``lengths`` and ``resets`` are ``None`` where the modality takes none; rows are valid to any length and reset anywhere.
+        """
+        raise TypeError(f"{type(self).__name__} does not define example(batch, length, generator)")
 
 
 MODALITIES: Registry[type[Modality]] = Registry("modality", group="mmlong.modalities")

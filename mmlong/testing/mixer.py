@@ -7,36 +7,16 @@ says which there are, in which order, and to whom each applies. A property is sk
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from mmlong.mixers.contract import Traits, create_mixer
-from mmlong.registry import nearest
 from mmlong.testing import causality, cost, gradients, isolation, layouts, module, numerics, streaming
 from mmlong.testing.subject import Make, Subject
-
-
-@dataclass(frozen=True)
-class Property:
-    """One thing that a mixer must do.
-
-    Attributes:
-        name: by which failures and ``only=`` know it.
-        check: raises :class:`~mmlong.testing.ConformanceError` if it does not hold.
-        applies: to whom, by traits.
-        every_dim: checked at every width, or only at the first.
-    """
-
-    name: str
-    check: Callable[[Subject], None]
-    applies: Callable[[Subject], bool] = lambda s: True
-    every_dim: bool = True
-
+from mmlong.testing.suite import Property, run_properties, wanted_properties
 
 # In the order of what a failure of one says about the next: rows before time, time before state, state before layouts.
 PROPERTIES: tuple[Property, ...] = (
@@ -93,7 +73,7 @@ def check_mixer(
         KeyError, TypeError: an unknown name or option.
         ValueError: an unknown property, or no width.
     """
-    wanted = _wanted(only)
+    wanted = wanted_properties(only, PROPERTY_NAMES)
     given = options or {}
     if isinstance(make, str):
         registered = make
@@ -118,40 +98,5 @@ def check_mixer(
         if traits is None:
             raise ValueError(f"{name} has no traits: pass traits=Traits(...)")
     place = torch.device(device)
-    ran: list[str] = []
     subjects = [Subject(name, build, traits, dim, place) for dim in dims]
-    with torch.random.fork_rng(), torch.enable_grad(), _one_thread():
-        for entry in PROPERTIES:
-            if entry.name not in wanted:
-                continue
-            for subject in subjects if entry.every_dim else subjects[:1]:
-                subject.checking = "construction"
-                if not entry.applies(subject):
-                    continue
-                subject.checking = entry.name
-                entry.check(subject)
-                if entry.name not in ran:
-                    ran.append(entry.name)
-    return tuple(ran)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """The tensors of a check are small: threads would mostly wait for one another, and much longer on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _wanted(only: str | Iterable[str] | None) -> tuple[str, ...]:
-    if only is None:
-        return PROPERTY_NAMES
-    names = (only,) if isinstance(only, str) else tuple(only)
-    for name in names:
-        if name not in PROPERTY_NAMES:
-            known = ", ".join(PROPERTY_NAMES)
-            raise ValueError(f"unknown property {name!r}{nearest(name, PROPERTY_NAMES)}; known: {known}")
-    return names
+    return run_properties(PROPERTIES, wanted, subjects)

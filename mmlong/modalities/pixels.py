@@ -1,0 +1,134 @@
+"""What every image modality shares: the scan order by which pixels become a sequence, its inverse, and positions known to the model.
+
+An image ``(B, C, H, W)`` is unrolled pixel by pixel in a scan order of :func:`mmlong.layout.scan_order`, of any height and width. Where a pixel stands is told by
+Fourier features of its row and column (Tancik et al. 2020), projected; a modality adds them to what the pixel is.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmlong.layout import scan_order
+from mmlong.modalities.contract import Modality
+
+
+def fourier_features(coordinates: Tensor, extent: tuple[int, ...], bands: int) -> Tensor:
+    """Sines and cosines of coordinates at octaves of frequency.
+
+    Args:
+        coordinates: ``(..., k)`` in cells.
+        extent: cells along each of the ``k`` axes; the slowest wave is half a period over it.
+        bands: octaves.
+
+    Returns:
+        ``(..., 2 * bands * k)``.
+    """
+    scale = torch.tensor([math.pi / max(n - 1, 1) for n in extent], device=coordinates.device)
+    octaves = 2.0 ** torch.arange(bands, device=coordinates.device)
+    angles = (coordinates.float() * scale).unsqueeze(-1) * octaves
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+
+
+class PixelModality(Modality):
+    """Base of the image modalities.
+
+    Args:
+        dim: width D.
+        size: ``[H, W]``, any sizes.
+        channels: numbers of a pixel, 1 (grey) or 3 (RGB).
+        order: scan order, see :func:`mmlong.layout.scan_order`.
+        bands: octaves of the Fourier position features.
+
+    Attributes:
+        image: shape ``(C, H, W)`` of an image.
+    """
+
+    kind = "image"
+    unit = "pixel"
+    order_index: Tensor
+    inverse_index: Tensor
+    features: Tensor
+
+    def __init__(
+        self, dim: int, size: list[int] | tuple[int, int], channels: int = 1, order: str = "morton", bands: int = 6
+    ) -> None:
+        super().__init__(dim)
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"image size is [H, W], got {list(size)}")
+        if channels < 1:
+            raise ValueError(f"an image has at least 1 channel, got {channels}")
+        self.size = (int(size[0]), int(size[1]))
+        self.image = (channels, *self.size)
+        self.order = order
+        index = scan_order(self.size, order).clone()  # the cached one is everybody's
+        self.register_buffer("order_index", index, persistent=False)
+        self.register_buffer("inverse_index", torch.argsort(index), persistent=False)
+        cells = torch.stack(torch.unravel_index(index, self.size), dim=-1)
+        self.register_buffer("features", fourier_features(cells, self.size, bands), persistent=False)
+        self.place = nn.Linear(self.features.shape[-1], dim, bias=False)
+
+    @property
+    def pixels(self) -> int:
+        """``H * W``."""
+        return self.size[0] * self.size[1]
+
+    def tokens_per_sample(self) -> int:
+        """``H * W``, a token a pixel."""
+        return self.pixels
+
+    def unroll(self, raw: Tensor, lengths: Tensor | None, resets: Tensor | None) -> Tensor:
+        """uint8 ``(B, C, H, W)`` to uint8 pixels ``(B, H * W, C)`` in scan order.
+
+        Raises:
+            TypeError: not uint8.
+            ValueError: another shape than ``(B, channels, *size)``, or lengths or resets: an image is whole.
+        """
+        if lengths is not None or resets is not None:
+            raise ValueError("images are whole and one a row: they take neither lengths nor resets")
+        if raw.dtype != torch.uint8:
+            raise TypeError(f"an image is uint8 (B, C, H, W), got {raw.dtype}: scale floats to 0..255 and round")
+        if raw.ndim != 4 or tuple(raw.shape[1:]) != self.image:
+            wanted = ", ".join(str(n) for n in self.image)
+            raise ValueError(f"this model reads images (B, {wanted}), got {tuple(raw.shape)}")
+        return raw.flatten(2)[:, :, self.order_index].transpose(1, 2)
+
+    def roll(self, pixels: Tensor) -> Tensor:
+        """The inverse of :meth:`unroll`: ``(B, H * W, C)`` to ``(B, C, H, W)``.
+
+        Raises:
+            ValueError: not the pixels of one whole image a row.
+        """
+        if pixels.ndim != 3 or tuple(pixels.shape[1:]) != (self.pixels, self.image[0]):
+            raise ValueError(
+                f"an image is decoded from its {self.pixels} pixels of {self.image[0]} numbers each, got tokens for {tuple(pixels.shape)}"
+            )
+        return pixels.transpose(1, 2)[:, :, self.inverse_index].unflatten(2, self.size).contiguous()
+
+    def places(self, index: Tensor | None, length: int) -> Tensor:
+        """Row and column of each pixel as Fourier features, projected; once for the whole batch where all rows agree.
+
+        Raises:
+            ValueError: more or fewer pixels than the image has, where no index says which.
+        """
+        if index is None and length != self.pixels:
+            raise ValueError(f"this model embeds whole images of {self.pixels} pixels, got {length}")
+        features = self.features[None] if index is None else self.features[index]
+        return self.place(features.to(self.place.weight.dtype))
+
+    @classmethod
+    def example_options(cls) -> list[dict[str, Any]]:
+        """Grey and colour, odd sizes, one pixel, and each kind of order."""
+        return [
+            {"size": [5, 7], "channels": 1, "order": "hilbert"},
+            {"size": [4, 6], "channels": 3, "order": "random:5"},
+            {"size": [9, 2], "channels": 3, "order": "block_raster:3"},
+            {"size": [1, 1], "channels": 1, "order": "raster"},
+        ]
+
+    def example(self, batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, None, None]:
+        """Noise of the image's own size."""
+        return torch.randint(256, (batch, *self.image), generator=generator, dtype=torch.uint8), None, None
