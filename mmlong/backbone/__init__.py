@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mmlong.backbone.block import Block, Merge
 from mmlong.backbone.directions import BothWays, Reversed, create_directed
+from mmlong.backbone.reverse_complement import ReverseComplement, reverse_complement_features
 from mmlong.backbone.segmented import segmented_loss
 from mmlong.backbone.stack import Backbone, BackboneConfig
 
@@ -13,7 +14,9 @@ __all__ = [
     "Block",
     "BothWays",
     "Merge",
+    "ReverseComplement",
     "Reversed",
     "create_directed",
+    "reverse_complement_features",
     "segmented_loss",
 ]

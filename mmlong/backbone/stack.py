@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmlong.backbone.block import Block, Merge
 from mmlong.backbone.directions import Direction, create_directed
+from mmlong.backbone.reverse_complement import join_strands, split_strands
 from mmlong.layout import Layout
 from mmlong.mixers import State
 
@@ -37,6 +38,8 @@ class BackboneConfig:
         drop_path: chance of skipping a branch at the last block, rising linearly with depth.
         layer_scale: initial scale of each branch, or null for none.
         checkpoint: recompute each block's activations in the backward instead of keeping them.
+        reverse_complement: equivariant to the reverse complement of DNA: half of ``dim`` for each strand, with shared weights; see
+            :mod:`mmlong.backbone.reverse_complement`.
     """
 
     dim: int | list[int] = 128
@@ -50,6 +53,7 @@ class BackboneConfig:
     drop_path: float = 0.0
     layer_scale: float | None = None
     checkpoint: bool = False
+    reverse_complement: bool = False
 
 
 def _per_stage(name: str, value: Any, stages: int) -> list[Any]:
@@ -87,6 +91,16 @@ class Backbone(nn.Module):
             raise ValueError("a pooled token has seen its whole group: use direction alternate or both with pool")
         self.config = config
         self.dim_in, self.num_features = dims[0], dims[-1]
+        if config.reverse_complement:
+            if config.direction == "causal":
+                raise ValueError(
+                    "the other strand is read from the end: use direction alternate or both with reverse_complement"
+                )
+            if odd := [dim for dim in dims if dim % 2]:
+                raise ValueError(
+                    f"each strand takes half of backbone.dim, which must be even with reverse_complement; got {odd[0]}"
+                )
+            dims = [dim // 2 for dim in dims]
         self.stride = 1
         total, index = sum(depths), 0
         self.stages = nn.ModuleList()
@@ -121,11 +135,13 @@ class Backbone(nn.Module):
 
     @property
     def causal(self) -> bool:
-        return not self.merges and all(block.causal for block in self.blocks())
+        both = bool(self.merges) or self.config.reverse_complement
+        return not both and all(block.causal for block in self.blocks())
 
     @property
     def streaming(self) -> bool:
-        return not self.merges and all(block.streaming for block in self.blocks())
+        both = bool(self.merges) or self.config.reverse_complement
+        return not both and all(block.streaming for block in self.blocks())
 
     def layout_out(self, layout: Layout | None, length: int) -> Layout | None:
         """The layout of the output tokens, for an input of ``length`` tokens under ``layout``."""
@@ -147,6 +163,9 @@ class Backbone(nn.Module):
         """
         if x.ndim != 3 or x.shape[-1] != self.dim_in:
             raise ValueError(f"the backbone takes (B, L, {self.dim_in}), got {tuple(x.shape)}")
+        given, length_in = layout, x.shape[1]
+        if self.config.reverse_complement:
+            x, layout = split_strands(x, layout)
         blocks = self.blocks()
         if state is not None and len(state) != len(blocks):
             raise ValueError(f"the state has {len(state)} entries, the backbone {len(blocks)} blocks")
@@ -164,4 +183,7 @@ class Backbone(nn.Module):
                 else:
                     x, after = block(x, next(states), layout)
                 out.append(after)
-        return self.norm(x), tuple(out) if self.streaming else None
+        x = self.norm(x)
+        if self.config.reverse_complement:
+            x = join_strands(x, self.layout_out(given, length_in))
+        return x, tuple(out) if self.streaming else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mmlong.heads.both_strands import BothStrandsHead
 from mmlong.heads.categorical import CategoricalHead
 from mmlong.heads.classify import ClassifyHead
 from mmlong.heads.contract import HEADS, Head, create_head, register_head
@@ -12,6 +13,7 @@ from mmlong.heads.sampling import GREEDY, Sampling
 __all__ = [
     "GREEDY",
     "HEADS",
+    "BothStrandsHead",
     "CategoricalHead",
     "ClassifyHead",
     "Head",

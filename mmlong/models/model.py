@@ -18,7 +18,7 @@ from mmlong.backbone import Backbone, BackboneConfig
 from mmlong.heads import HEADS, Head, create_head
 from mmlong.layout import Layout
 from mmlong.mixers import State
-from mmlong.modalities import Modality, create_modality
+from mmlong.modalities import MODALITIES, Modality, create_modality
 from mmlong.registry import Registry, check_options, nearest
 
 Config = dict[str, Any]
@@ -52,6 +52,11 @@ class Model(nn.Module):
         self.config = config
         self.backbone = Backbone(backbone)
         self.num_features = self.backbone.num_features
+        if backbone.reverse_complement:
+            # Features are equivariant only where the embedding is: both sides of it are known here alone.
+            if "reverse_complement" not in inspect.signature(MODALITIES[config["modality"]["name"]]).parameters:
+                raise ValueError(f"backbone.reverse_complement is for DNA; {config['modality']['name']} has no strands")
+            config["modality"].setdefault("reverse_complement", True)
         self.modality: Modality = create_modality(dim=self.backbone.dim_in, **config["modality"])
         config["head"] = self.complete_head(config["head"])
         length = self.modality.tokens_per_sample()
