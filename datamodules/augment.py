@@ -21,7 +21,7 @@ bright   20     add one random level in [-amount, amount] to every pixel
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -89,22 +89,26 @@ class Augment:
     Args:
         names: e.g. ``["hflip", "rot90", "shift:8"]``.
         seed: of the run.
+        changes: which there are, with the amount of each unless told.
 
     Raises:
         ValueError: a name or an amount that is none (the nearest name is suggested).
     """
 
-    def __init__(self, names: Sequence[str], seed: int) -> None:
+    def __init__(
+        self, names: Sequence[str], seed: int, changes: Mapping[str, tuple[Change, float]] | None = None
+    ) -> None:
+        changes = CHANGES if changes is None else changes
         self.seed = seed
         self.names = tuple(names)
         self._changes: list[tuple[Change, float]] = []
         for item in names:
             name, _, written = item.partition(":")
-            if name not in CHANGES:
-                near = difflib.get_close_matches(name, CHANGES, n=1)
+            if name not in changes:
+                near = difflib.get_close_matches(name, changes, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"augment: there is no {name!r}{hint} (there are {', '.join(CHANGES)})")
-            change, amount = CHANGES[name]
+                raise ValueError(f"augment: there is no {name!r}{hint} (there are {', '.join(changes) or 'none'})")
+            change, amount = changes[name]
             if written:
                 try:
                     amount = float(written)
@@ -115,14 +119,14 @@ class Augment:
             self._changes.append((change, amount))
 
     def __call__(self, image: np.ndarray, epoch: int, sample: int) -> np.ndarray:
-        """Change one image.
+        """Change one sample.
 
         Args:
-            image: ``(C, H, W)`` uint8.
+            image: ``(C, H, W)`` uint8, or whatever the changes change.
             epoch, sample: what the draw depends on, with the seed.
 
         Returns:
-            ``(C, H, W)`` uint8. May share memory with ``image``.
+            The same, changed. May share memory with ``image``.
         """
         if not self._changes:
             return image

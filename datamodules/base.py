@@ -9,30 +9,47 @@ global batch, batch size x ranks, is the same.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import torch
 
-from .errors import DataError
+from .errors import ON_BAD, DataError
 from .loader import EvaluationLoader, Position, Samples, TrainLoader
-from .order import WINDOW, epoch_order
+from .order import WINDOW, epoch_order, steps_per_epoch
 from .packed import PackedDataset
+from .shards import MANIFEST
 from .streaming import StreamingLoader
+
+Progress = Callable[[int, int], None]
 
 log = logging.getLogger(__name__)
 
 READERS = ("indexed", "streaming")
-ON_BAD = ("stop", "skip")
 _STATE_FORMAT = 1
 
 
+class Described(Protocol):
+    """What every known source says of itself, see `mmlong.datamodules.sources.Known`."""
+
+    @property
+    def labels(self) -> Mapping[str, tuple[str, ...]]: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def licence(self) -> str: ...
+
+
 class PackedDataModule(pl.LightningDataModule):
-    """Base of the datamodules. A modality gives `samples(split, train)` and, if it can pack for itself, `prepare_data`.
+    """Base of the datamodules. A modality gives `samples(split, train)`, and `pack` and `known_names` for the sources it knows.
 
     Args:
+        name: of the dataset: a known source's, or its folder.
         folder: the packed dataset.
+        known: what is true of the known source; ``None`` if it is not one.
+        label: which label field; the dataset's default if ``None``.
         batch_size: samples a step *of one rank*.
         num_workers: worker processes of each rank.
         seed: decides order and augmentation, together with epoch and sample.
@@ -43,12 +60,18 @@ class PackedDataModule(pl.LightningDataModule):
         eval_batch_size: batch size of evaluation; ``batch_size`` if not given.
 
     Attributes:
+        modality: what the dataset must hold.
         skipped: ``"file [member]: reason"`` of every sample skipped so far, by what was said of it, with how often.
     """
 
+    modality: str = ""
+
     def __init__(
         self,
+        name: str,
         folder: Path,
+        known: Described | None,
+        label: str | None,
         batch_size: int,
         num_workers: int,
         seed: int,
@@ -57,14 +80,19 @@ class PackedDataModule(pl.LightningDataModule):
         eval_batch_size: int | None,
     ) -> None:
         super().__init__()
-        for name, value, choices in (("reader", reader, READERS), ("on_bad", on_bad, ON_BAD)):
+        for option, value, choices in (("reader", reader, READERS), ("on_bad", on_bad, ON_BAD)):
             if value not in choices:
-                raise ValueError(f"{name} is {value!r}; it can be {' or '.join(choices)}")
+                raise ValueError(f"{option} is {value!r}; it can be {' or '.join(choices)}")
         if batch_size < 1 or num_workers < 0 or seed < 0:
             raise ValueError(
                 f"batch_size {batch_size} (at least 1), num_workers {num_workers}, seed {seed} (at least 0)"
             )
+        if known is not None and label is not None and label not in known.labels:
+            raise ValueError(f"{name} has labels {', '.join(known.labels) or '(none)'}, not {label!r}")
+        self.dataset_name = name
         self.folder = folder
+        self.known = known
+        self._label = label
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers = num_workers
@@ -82,9 +110,41 @@ class PackedDataModule(pl.LightningDataModule):
         """The samples of a split, decoded; with augmentation if ``train``."""
         raise TypeError(f"{type(self).__name__} does not say how to read samples")
 
+    def pack(self, progress: Progress) -> None:
+        """Pack the known source into `folder`."""
+        raise TypeError(f"{type(self).__name__} does not say how to pack {self.dataset_name}")
+
+    def known_names(self) -> Sequence[str]:
+        """Names of the sources that can be packed on first use."""
+        return ()
+
+    def modality_options(self) -> dict[str, Any]:
+        """Options of the modality that the data fixes."""
+        return {}
+
     def info(self) -> dict[str, Any]:
-        """What the data fixes for a model: ``modality`` (options of the modality), and for labelled data ``num_classes`` and ``class_names``."""
-        return {"modality": {}}
+        """What the data fixes for a model: ``modality`` (options of the modality), and for labelled data ``num_classes`` and ``class_names``.
+
+        Needs no packed data if the dataset is a known one.
+        """
+        labelled = {"num_classes": self.num_classes, "class_names": list(self.class_names)} if self.label else {}
+        return {"modality": self.modality_options(), **labelled}
+
+    def prepare_data(self) -> None:
+        """Pack a known dataset if it is not there, saying where it comes from and under which licence."""
+        if (self.folder / MANIFEST).is_file():
+            return
+        if self.known is None:
+            raise DataError(
+                self.folder, f"is not a packed dataset (no {MANIFEST}); make one with `mmlong pack {self.modality} IN "
+                f"{self.folder}`, or name one of {', '.join(self.known_names())}"
+            )  # fmt: skip
+        from .progress import packing
+
+        print(f"{self.dataset_name}: {self.known.source}\n  licence: {self.known.licence}")
+        with packing(f"packing {self.dataset_name} into {self.folder}") as progress:
+            self.pack(progress)
+        self._dataset = None
 
     @property
     def dataset(self) -> PackedDataset:
@@ -92,10 +152,63 @@ class PackedDataModule(pl.LightningDataModule):
 
         Raises:
             BadShardError: it is not there, or not whole.
+            DataError: it is of another modality.
         """
         if self._dataset is None:
-            self._dataset = PackedDataset(self.folder)
+            dataset = PackedDataset(self.folder)
+            if (found := dataset.manifest["modality"]) != self.modality:
+                raise DataError(self.folder, f"holds {found}; {type(self).__name__} reads {self.modality}")
+            self._dataset = dataset
         return self._dataset
+
+    @property
+    def label(self) -> str | None:
+        """The label field in use; ``None`` for data without labels."""
+        if self._label is not None:
+            return self._label
+        fields: Sequence[str] = tuple(self.known.labels) if self.known is not None else self.dataset.fields
+        return fields[0] if fields else None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, by class id; empty for data without labels."""
+        label = self.label
+        if label is None:
+            return ()
+        return self.known.labels[label] if self.known is not None else self.dataset.classes(label)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes."""
+        return len(self.class_names)
+
+    @property
+    def source(self) -> str:
+        """Where the data come from."""
+        return self.known.source if self.known is not None else str(self.dataset.manifest["source"])
+
+    @property
+    def licence(self) -> str:
+        """Under which terms."""
+        return self.known.licence if self.known is not None else str(self.dataset.manifest["licence"])
+
+    @property
+    def class_counts(self) -> torch.Tensor:
+        """``(num_classes,)`` int64: training samples of each class. Needs the packed data.
+
+        Raises:
+            DataError: the data has no labels.
+        """
+        if self.label is None:
+            raise DataError(self.folder, "has no labels")
+        labels = torch.from_numpy(self.dataset.split("train").labels[self.label])
+        return torch.bincount(labels, minlength=self.num_classes)
+
+    @property
+    def class_weights(self) -> torch.Tensor:
+        """``(num_classes,)`` float32: inverse frequency in training, 1 on average over its samples. Needs the packed data."""
+        counts = self.class_counts
+        return (counts.sum() / (len(counts) * counts.clamp(min=1))).float()
 
     def setup(self, stage: str | None = None) -> None:
         """Open the splits the stage needs, so that a fault is told before anything is built."""
@@ -134,13 +247,21 @@ class PackedDataModule(pl.LightningDataModule):
                 self.dataset.split("train"), samples, self.batch_size, rank, world, self.seed, self.position,
                 self.num_workers, self._pins(), self._report,
             )  # fmt: skip
-        sizes, batch = self.dataset.split("train").shard_sizes, self.batch_size * world
+        sizes, batch = self.train_sizes(), self.batch_size * world
         loader = TrainLoader(
             samples, lambda epoch: epoch_order(sizes, self.seed, epoch, batch, WINDOW), self.batch_size, rank, world,
             self.position, self.num_workers, self._pins(), self._report,
         )  # fmt: skip
         self._loaders.append(loader)
         return loader
+
+    def train_sizes(self) -> tuple[int, ...]:
+        """How many training samples there are in each part of the data that is best read together: in each shard."""
+        return self.dataset.split("train").shard_sizes
+
+    def fixed_settings(self) -> dict[str, str]:
+        """What else decides which samples there are and what they hold, by option: in mid-epoch it must stay as it is."""
+        return {}
 
     def _evaluation(self, split: str) -> EvaluationLoader | list[Any]:
         if split not in self.dataset.splits:
@@ -179,8 +300,7 @@ class PackedDataModule(pl.LightningDataModule):
         batch = self.batch_size * world
         epoch, done = self.position.epoch, self.position.done
         if self.position.begun:
-            steps = self.dataset.split("train").shard_sizes
-            limit = sum(steps) // batch
+            limit = steps_per_epoch(sum(self.train_sizes()), batch)
             if self.trainer is not None:
                 # A batch that was handed out and not trained on (the run was interrupted inside it) comes again.
                 progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
@@ -190,7 +310,7 @@ class PackedDataModule(pl.LightningDataModule):
                 epoch, done = epoch + 1, 0
         return {
             "format": _STATE_FORMAT, "epoch": epoch, "samples_done": done, "global_batch": batch, "seed": self.seed,
-            "dataset": self.dataset.fingerprint, "reader": self.reader,
+            "dataset": self.dataset.fingerprint, "reader": self.reader, **self.fixed_settings(),
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -207,6 +327,7 @@ class PackedDataModule(pl.LightningDataModule):
                 "seed": (state["seed"], self.seed, "data.seed"),
                 "dataset": (state["dataset"], self.dataset.fingerprint, f"the bytes of {self.folder}"),
                 "reader": (state["reader"], self.reader, "data.reader"),
+                **{name: (state.get(name), now, f"data.{name}") for name, now in self.fixed_settings().items()},
             }
             for was, now, what in changed.values():
                 if was != now:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+ON_BAD = ("stop", "skip")  # what can be done about a bad sample
+
 
 class DataError(ValueError):
     """Something about a file is not as it must be.

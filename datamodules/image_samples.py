@@ -3,7 +3,7 @@
 A batch is a dict, so that Lightning can move it to a device::
 
     raw     uint8   (B, C, H, W)   raw values; scaling is the modality's business
-    label   int64   (B,)           class id of the chosen label field
+    label   int64   (B,)           class id of the chosen label field, where there is one
     index   int64   (B,)           sample id within the split
     weight  float32 (B,)           1, or 0 for a filler of evaluation and for a skipped sample: not to be counted
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import json
-import mmap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from PIL import Image
 
 from .augment import Augment
+from .cache import SharedCache
 from .errors import BadSampleError, DataError
 from .indexed import IndexedReader
 from .loader import Batch, Place
@@ -50,57 +50,31 @@ def decode_png(data: bytes, shape: tuple[int, int, int], shard: Path | str, memb
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
-class PixelCache:
-    """Decoded images of a split in memory that forked workers share; filled as they are first read.
-
-    An anonymous shared mapping rather than a shared tensor: it does not count against the size of ``/dev/shm``. A
-    process that was spawned instead of forked has a cache of its own.
-    """
-
-    def __init__(self, count: int, shape: tuple[int, int, int]) -> None:
-        self.count, self.shape = count, shape
-        self._map()
-
-    def _map(self) -> None:
-        each = int(np.prod(self.shape))
-        self._memory = mmap.mmap(-1, self.count * (each + 1))
-        everything = np.frombuffer(self._memory, np.uint8)
-        self.pixels = everything[: self.count * each].reshape(self.count, *self.shape)
-        self.known = everything[self.count * each :]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"count": self.count, "shape": self.shape}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.count, self.shape = state["count"], state["shape"]
-        self._map()
-
-
 class ImageSamples:
     """The images of one split.
 
     Args:
         dataset: the packed dataset.
         split: which split.
-        label: which label field.
+        label: which label field; ``None``: no labels.
         augment: changes to make, or ``None``.
         on_bad: ``"stop"`` or ``"skip"``.
         cache: keep decoded images in memory.
     """
 
     def __init__(
-        self, dataset: PackedDataset, split: str, label: str, augment: Augment | None, on_bad: str, cache: bool
+        self, dataset: PackedDataset, split: str, label: str | None, augment: Augment | None, on_bad: str, cache: bool
     ) -> None:
         self.split = dataset.split(split)
         self.reader = IndexedReader(self.split)
         self.label = label
-        self.classes = len(dataset.classes(label))
-        self.labels = self.split.labels[label]
+        self.classes = 0 if label is None else len(dataset.classes(label))
+        self.labels = None if label is None else self.split.labels[label]
         image = dataset.manifest["image"]
         self.shape = (image["channels"], image["height"], image["width"])
         self.augment = augment
         self.on_bad = on_bad
-        self.cache = PixelCache(len(self.split), self.shape) if cache else None
+        self.cache = SharedCache([int(np.prod(self.shape))] * len(self.split)) if cache else None
         self._ids: dict[str, int] | None = None
 
     def __len__(self) -> int:
@@ -112,12 +86,11 @@ class ImageSamples:
         Raises:
             BadSampleError: it is damaged.
         """
-        if self.cache is not None and self.cache.known[sample]:
-            return self.cache.pixels[sample]
+        if self.cache is not None and (kept := self.cache.get(sample)) is not None:
+            return kept.reshape(self.shape)
         pixels = decode_png(self.reader.read(sample, "png"), self.shape, *self.reader.place(sample, "png"))
         if self.cache is not None:
-            self.cache.pixels[sample] = pixels
-            self.cache.known[sample] = 1  # after the pixels: another worker may be looking
+            self.cache.put(sample, pixels)
         return pixels
 
     def fetch(self, places: list[Place]) -> tuple[Batch, list[DataError]]:
@@ -130,7 +103,7 @@ class ImageSamples:
             except BadSampleError as error:
                 problems.append(self._skip(error))
                 pixels, weight = None, 0.0
-            rows.append((pixels, int(self.labels[sample]), sample, weight))
+            rows.append((pixels, 0 if self.labels is None else int(self.labels[sample]), sample, weight))
         return self._stack(rows), problems
 
     def fetch_members(self, epoch: int, raw: Sequence[dict[str, Any]]) -> tuple[Batch, list[DataError]]:
@@ -162,6 +135,8 @@ class ImageSamples:
         return members[extension]
 
     def _streamed_label(self, members: dict[str, Any], shard: str, key: str) -> int:
+        if self.label is None:
+            return 0
         try:
             label = json.loads(self._member(members, "json"))[self.label]
         except (ValueError, KeyError, TypeError) as error:
@@ -185,9 +160,12 @@ class ImageSamples:
         for row, (pixels, *_) in zip(images, rows, strict=True):
             if pixels is not None:
                 row[...] = pixels
-        return {
+        batch = {
             "raw": torch.from_numpy(images),
             "label": torch.tensor([label for _, label, _, _ in rows], dtype=torch.int64),
             "index": torch.tensor([sample for _, _, sample, _ in rows], dtype=torch.int64),
             "weight": torch.tensor([weight for *_, weight in rows], dtype=torch.float32),
         }
+        if self.label is None:
+            del batch["label"]
+        return batch

@@ -1,8 +1,9 @@
 """Samples by number: reads any sample of a split straight out of its tar, wherever it lies.
 
 Map-style: `IndexedReader.read(id)` is one `pread` at the offset the index names, checked against the index's checksum,
-so damage since packing, or an index that belongs to other bytes, cannot pass for data. Files are opened once per
-process (a forked worker opens its own) and few are held open.
+so damage since packing, or an index that belongs to other bytes, cannot pass for data. `IndexedReader.read_range` reads
+a stretch of a large member and no more than the blocks it lies in, each checked. Files are opened once per process (a
+forked worker opens its own) and few are held open.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from .errors import BadSampleError, BadShardError
 from .packed import Split
+from .shards import BLOCK
 
 MAX_OPEN = 32  # files held open by one process
 
@@ -52,21 +54,67 @@ class IndexedReader:
             BadSampleError: the bytes are not the ones that were packed.
             BadShardError: the shard is gone.
         """
-        size = int(self.split.size[extension][sample])
-        data = os.pread(
-            self._descriptor(int(self.split.shard_of[sample])), size, int(self.split.offset[extension][sample])
-        )
-        if len(data) != size:
-            shard, member = self.place(sample, extension)
-            raise BadSampleError(
-                shard, f"the shard ends inside it ({len(data)} of {size} bytes); copy it again or pack again", member
-            )
-        if zlib.crc32(data) != int(self.split.crc32[extension][sample]):
-            shard, member = self.place(sample, extension)
-            raise BadSampleError(
-                shard, "damaged: its checksum differs from the index; copy it again or pack again", member
-            )
+        data = self._bytes(sample, extension, 0, self.size(sample, extension))
+        self._check(sample, extension, data, int(self.split.crc32[extension][sample]), "")
         return data
+
+    def size(self, sample: int, extension: str) -> int:
+        """Bytes of one member of one sample."""
+        return int(self.split.size[extension][sample])
+
+    def read_range(self, sample: int, extension: str, start: int, stop: int) -> bytes:
+        """The bytes ``start`` to ``stop`` of one member of one sample.
+
+        Args:
+            sample, extension: as in `read`.
+            start, stop: ``0 <= start <= stop <= size(sample, extension)``.
+
+        Raises:
+            BadSampleError: the blocks it lies in (the whole member, if that is not larger than a block) are not the bytes
+                that were packed.
+            BadShardError: the shard is gone.
+            ValueError: the stretch is not in the member.
+        """
+        size = self.size(sample, extension)
+        if not 0 <= start <= stop <= size:
+            shard, member = self.place(sample, extension)
+            raise ValueError(f"{shard} [{member}]: bytes {start} to {stop} of a member of {size}")
+        checksums = self.split.blocks[extension].get(sample)
+        if checksums is None:
+            return self.read(sample, extension)[start:stop]
+        if start == stop:
+            return b""
+        first, last = start // BLOCK, -(-stop // BLOCK)
+        data = self._bytes(sample, extension, first * BLOCK, min(last * BLOCK, size))
+        view = memoryview(data)
+        for block in range(first, last):
+            at = (block - first) * BLOCK
+            self._check(sample, extension, view[at : at + BLOCK], checksums[block], f"in block {block} ")
+        return data[start - first * BLOCK : stop - first * BLOCK]
+
+    def _bytes(self, sample: int, extension: str, start: int, stop: int) -> bytes:
+        descriptor = self._descriptor(int(self.split.shard_of[sample]))
+        at = int(self.split.offset[extension][sample])
+        data = os.pread(descriptor, stop - start, at + start)
+        while 0 < len(data) < stop - start:  # one call gives at most 2 GiB
+            more = os.pread(descriptor, stop - start - len(data), at + start + len(data))
+            if not more:
+                break
+            data += more
+        if len(data) != stop - start:
+            shard, member = self.place(sample, extension)
+            raise BadSampleError(
+                shard, f"the shard ends inside it ({start + len(data)} of {self.size(sample, extension)} bytes); copy it "
+                "again or pack again", member,
+            )  # fmt: skip
+        return data
+
+    def _check(self, sample: int, extension: str, data: bytes | memoryview, expected: int, where: str) -> None:
+        if zlib.crc32(data) != expected:
+            shard, member = self.place(sample, extension)
+            raise BadSampleError(
+                shard, f"damaged: its checksum {where}differs from the index; copy it again or pack again", member
+            )
 
     def _descriptor(self, shard: int) -> int:
         if self._process != os.getpid():

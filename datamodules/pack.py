@@ -1,82 +1,22 @@
-"""Packing a source of images: split, convert, resize, write. The whole of ``mmlong pack`` but its command line.
-
-Splits are stratified by all labels together and are a pure function of the seed and the items' names and labels, so
-packing again gives the same test set. Within a split samples are shuffled, so that a shard is a fair part of it.
-"""
+"""Packing a source of images: split, convert, resize, write."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .errors import BadSampleError, DataError, PackError
+from .errors import BadSampleError, PackError
 from .packed import PackedDataset
 from .pixels import DECODE_ERRORS, FITS, GREY_MODES, encode_png, fit_image, to_pixels
 from .shards import DatasetWriter
 from .sources import ImageSource, Item
+from .splits import DEFAULT_SPLITS, check_items, class_counts, sample_json, split_items
 
 Progress = Callable[[int, int], None]
-
-
-def split_items(items: Sequence[Item], splits: Mapping[str, float], seed: int) -> dict[str, list[Item]]:
-    """Divide items into splits.
-
-    Args:
-        items: with a ``split`` of their own, they go there; the others are divided.
-        splits: by name, how many samples (1 or more) or which share of them (below 1); ``train`` takes the rest. A
-            split that items name themselves is left to them.
-        seed: of the division.
-
-    Returns:
-        By split, the items in packing order. ``train`` comes first.
-
-    Raises:
-        ValueError: more is asked for than there is.
-    """
-    own = {item.split for item in items if item.split is not None}
-    loose = [item for item in items if item.split is None]
-    chosen: dict[str, list[Item]] = {"train": []}
-    for name in own:
-        chosen.setdefault(name, []).extend(item for item in items if item.split == name)
-    asked = {
-        name: round(share * len(loose)) if share < 1 else int(share)
-        for name, share in splits.items()
-        if name != "train" and name not in own
-    }
-    if sum(asked.values()) > len(loose):
-        raise ValueError(f"the splits {dict(splits)} ask for {sum(asked.values())} of {len(loose)} samples")
-    left = sorted(loose, key=lambda item: _lot(seed, "split", item.name))
-    for name, count in asked.items():
-        taken = _stratified(left, count)
-        chosen[name] = [item for place, item in enumerate(left) if place in taken]
-        left = [item for place, item in enumerate(left) if place not in taken]
-    chosen["train"].extend(left)
-    return {
-        name: sorted(part, key=lambda item: _lot(seed, "order", item.name)) for name, part in chosen.items() if part
-    }  # fmt: skip
-
-
-def _lot(seed: int, what: str, name: str) -> bytes:
-    return hashlib.sha256(f"{seed}/{what}/{name}".encode()).digest()
-
-
-def _stratified(items: Sequence[Item], count: int) -> set[int]:
-    """Places of ``count`` items, each combination of labels in proportion (largest remainders)."""
-    strata: dict[tuple[tuple[str, int], ...], list[int]] = defaultdict(list)
-    for place, item in enumerate(items):
-        strata[tuple(sorted(item.labels.items()))].append(place)
-    exact = {labels: count * len(places) / len(items) for labels, places in strata.items()} if items else {}
-    shares = {labels: int(share) for labels, share in exact.items()}
-    by_remainder = sorted(exact, key=lambda labels: (shares[labels] - exact[labels], labels))
-    for labels in by_remainder[: count - sum(shares.values())]:
-        shares[labels] += 1
-    return {place for labels, share in shares.items() for place in strata[labels][:share]}
 
 
 def pack_images(
@@ -120,14 +60,14 @@ def pack_images(
         raise ValueError(f"channels is {channels}; it can be 1 (grey) or 3 (RGB)")
     if not source.items:
         raise PackError(out, f"no images in {source.source}")
-    _check_labels(source)
+    check_items(source.source, source.items, source.labels)
     if size is None or channels is None:
         found_size, found_channels = _survey(source.items, size is not None)
         size, channels = size or found_size, channels or found_channels
     height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1:
         raise ValueError(f"size is {size}; it must be at least 1")
-    parts = split_items(source.items, splits if splits is not None else {"val": 0.1, "test": 0.1}, seed)
+    parts = split_items(source.items, DEFAULT_SPLITS if splits is None else splits, seed)
     if not parts.get("train"):
         raise PackError(out, "nothing is left for training; ask for smaller splits")
     about = _about(source, parts, height, width, channels, fit, seed)
@@ -135,29 +75,10 @@ def pack_images(
     jobs = ((split, item) for split, part in parts.items() for item in part)
     with DatasetWriter(out, about, shard_bytes, overwrite) as writer:
         for done, (split, item, png) in enumerate(_encoded(jobs, height, width, channels, fit)):
-            names = {f"{field}_name": source.labels[field][value] for field, value in item.labels.items()}
-            record = {"file": item.name, **item.labels, **names, **item.extra, **item.labels}
-            data = json.dumps(record, separators=(",", ":")).encode()
-            writer.add(split, f"{done:06d}", {"png": png, "json": data}, item.labels)
+            writer.add(split, f"{done:06d}", {"png": png, "json": sample_json(item, source.labels)}, item.labels)
             if progress is not None:
                 progress(done + 1, total)
     return PackedDataset(out)
-
-
-def _check_labels(source: ImageSource) -> None:
-    names: set[str] = set()
-    for item in source.items:
-        if item.name in names:
-            raise DataError(source.source, "comes twice", item.name)
-        names.add(item.name)
-        for label, classes in source.labels.items():
-            value = item.labels.get(label)
-            if value is None:
-                raise DataError(source.source, f"the label {label!r} is missing", item.name)
-            if not 0 <= value < len(classes):
-                raise DataError(
-                    source.source, f"unknown label {label} = {value}; there are {len(classes)} classes", item.name
-                )
 
 
 def _survey(items: Sequence[Item], any_size: bool) -> tuple[tuple[int, int], int]:
@@ -185,17 +106,10 @@ def _survey(items: Sequence[Item], any_size: bool) -> tuple[tuple[int, int], int
 def _about(
     source: ImageSource, parts: Mapping[str, Sequence[Item]], height: int, width: int, channels: int, fit: str, seed: int
 ) -> dict[str, Any]:  # fmt: skip
-    counts = {
-        field: {
-            split: [sum(item.labels[field] == number for item in part) for number in range(len(classes))]
-            for split, part in parts.items()
-        }
-        for field, classes in source.labels.items()
-    }
     return {
         "name": source.name, "modality": "image", "source": source.source, "licence": source.licence,
         "default_label": source.default_label, "labels": {field: list(names) for field, names in source.labels.items()},
-        "counts": counts, "seed": seed,
+        "counts": class_counts(parts, source.labels), "seed": seed,
         "image": {"channels": channels, "height": height, "width": width, "fit": fit, "filter": "bicubic, antialiased"},
     }  # fmt: skip
 

@@ -20,7 +20,17 @@ from typing import Any
 import numpy as np
 
 from .errors import BadShardError, DataError
-from .shards import FORMAT, MANIFEST, file_sha256, index_path, local_shard, split_member, why_refused
+from .shards import (
+    BLOCK,
+    FORMAT,
+    MANIFEST,
+    block_checksums,
+    file_sha256,
+    index_path,
+    local_shard,
+    split_member,
+    why_refused,
+)
 
 
 def load_manifest(folder: str | Path) -> dict[str, Any]:
@@ -73,7 +83,24 @@ def load_index(shard: Path, entry: dict[str, Any]) -> dict[str, Any]:
     for extension in index["members"]:
         if reason := why_refused(f"{index['keys'][0]}.{extension}"):
             raise BadShardError(shard, reason, f"{index['keys'][0]}.{extension}")
+    _check_columns(path, index)
     return index
+
+
+def _check_columns(path: Path, index: dict[str, Any]) -> None:
+    """Hold what an index may have, or may lack, against the samples it names."""
+    samples = len(index["keys"])
+    for name, values in index.get("numbers", {}).items():
+        if len(values) != samples or not all(isinstance(value, int) for value in values):
+            raise BadShardError(path, f"the numbers {name!r} are not {samples} integers", name)
+    for extension, rows in index.get("blocks", {}).items():
+        sizes = index["members"].get(extension, {}).get("size", [])
+        for row, checksums in rows.items():
+            size = sizes[int(row)] if int(row) < len(sizes) else -1
+            if len(checksums) != -(-size // BLOCK):
+                raise BadShardError(
+                    path, f"has {len(checksums)} block checksums for a member of {size} bytes", f"{extension} {row}"
+                )
 
 
 @dataclass(frozen=True)
@@ -87,6 +114,9 @@ class Split:
         keys: ``N`` sample keys.
         offset, size, crc32: by extension, ``(N,)`` each.
         labels: by field, ``(N,)`` class ids.
+        numbers: by name, ``(N,)`` further integers; empty for a dataset that has none.
+        blocks: by extension, the CRC-32s of each `mmlong.datamodules.shards.BLOCK` bytes of the members that are larger
+            than that, by sample.
     """
 
     name: str
@@ -98,6 +128,8 @@ class Split:
     size: dict[str, np.ndarray]
     crc32: dict[str, np.ndarray]
     labels: dict[str, np.ndarray]
+    numbers: dict[str, np.ndarray]
+    blocks: dict[str, dict[int, list[int]]]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -165,10 +197,13 @@ class PackedDataset:
     def _open(self, name: str) -> Split:
         paths = self.shard_paths(name)
         indexes = [load_index(path, entry) for path, entry in paths]
-        shapes = {(tuple(sorted(index["members"])), tuple(sorted(index["labels"]))) for index in indexes}
+        shapes = {
+            tuple(tuple(sorted(index.get(section, ()))) for section in ("members", "labels", "numbers"))
+            for index in indexes
+        }
         if len(shapes) > 1:
             raise BadShardError(
-                self.folder, f"shards of split {name!r} disagree about members and labels: {sorted(shapes)}"
+                self.folder, f"shards of split {name!r} disagree about members, labels and numbers: {sorted(shapes)}"
             )
         for (path, _), index in zip(paths, indexes, strict=True):
             self._check_labels(path, index)
@@ -178,6 +213,10 @@ class PackedDataset:
 
         extensions = indexes[0]["members"]
         sizes = tuple(len(index["keys"]) for index in indexes)
+        blocks: dict[str, dict[int, list[int]]] = {extension: {} for extension in extensions}
+        for first, index in zip(np.cumsum((0, *sizes)), indexes, strict=False):
+            for extension, rows in index.get("blocks", {}).items():
+                blocks[extension].update({int(first) + int(row): checksums for row, checksums in rows.items()})
         return Split(
             name=name,
             shards=tuple(path for path, _ in paths),
@@ -191,6 +230,11 @@ class PackedDataset:
                 field: np.concatenate([np.asarray(index["labels"][field], np.int64) for index in indexes])
                 for field in self.manifest["labels"]
             },
+            numbers={
+                name: np.concatenate([np.asarray(index["numbers"][name], np.int64) for index in indexes])
+                for name in indexes[0].get("numbers", {})
+            },
+            blocks=blocks,
         )
 
     def _check_labels(self, shard: Path, index: dict[str, Any]) -> None:
@@ -304,7 +348,11 @@ def _verify_member(
         return [BadShardError(path, f"is cut short: {len(data)} of {size} bytes", member.name)]
     if zlib.crc32(data) != checksum:
         return [BadShardError(path, "is damaged: its checksum differs from the index", member.name)]
-    if split_member(member.name)[1] == "json":
+    extension = split_member(member.name)[1]
+    blocks = index.get("blocks", {}).get(extension, {}).get(str(row))
+    if blocks is not None and blocks != block_checksums(data):
+        return [BadShardError(path, "its block checksums in the index are not those of its bytes", member.name)]
+    if extension == "json":
         return _verify_json(path, member.name, data, index, row)
     return []
 
@@ -314,7 +362,7 @@ def _verify_json(path: Path, name: str, data: bytes, index: dict[str, Any], row:
         record = json.loads(data)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         return [BadShardError(path, f"is not JSON ({error})", name)]
-    for field, values in index["labels"].items():
+    for field, values in {**index["labels"], **index.get("numbers", {})}.items():
         if not isinstance(record, dict) or record.get(field) != values[row]:
             found = record.get(field) if isinstance(record, dict) else record
             return [BadShardError(path, f"says {field} = {found!r}, the index says {values[row]!r}", name)]

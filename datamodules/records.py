@@ -44,6 +44,7 @@ class SequenceSource:
         records: the documents.
         labels: class names by label field; empty for unlabelled data.
         default_label: the field a task uses unless told.
+        length: of a member's bytes, in tokens of the raw (samples, letters, bytes).
     """
 
     name: str
@@ -55,6 +56,7 @@ class SequenceSource:
     records: Sequence[Record]
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     default_label: str | None = None
+    length: Callable[[bytes], int] = len
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,13 @@ class KnownSequences:
     """What is true of a named source before it is read, so that a model can be built while nothing is packed yet.
 
     Attributes:
-        load: reads it; called with the folder or file the user gave, or ``None``.
+        load: reads it; called with the folder or file the user gave or that was found, else with ``None``.
         modality: see `SequenceSource`.
         about: see `SequenceSource`.
         labels: class names by label field, the default one first.
         splits: how many documents (or which share) go to each split but ``train``, which takes the rest.
         source, licence: for people to read.
+        files: of a source that comes in no package: under which names its folder or file is looked for beside the packed data.
     """
 
     load: Callable[[str | None], SequenceSource]
@@ -77,3 +80,4 @@ class KnownSequences:
     splits: Mapping[str, float]
     source: str
     licence: str
+    files: Sequence[str] = ()

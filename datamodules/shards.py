@@ -5,7 +5,9 @@ A packed dataset is one folder::
     dataset.json             what it is: modality, labels and their classes, splits, source, licence, and for
                              every shard its size and the SHA-256 of the tar and of its index
     train-000000.tar         plain POSIX tar: 000123.png, 000123.json, 000124.png, ... (readable by `tar` and webdataset)
-    train-000000.index.json  columns: key of each sample; offset, size and CRC-32 of each member; label ids
+    train-000000.index.json  columns: key of each sample; offset, size and CRC-32 of each member; label ids; where there
+                             are such, further numbers (a document's length), and CRC-32s block by block of the members
+                             that are larger than a block, so that a stretch of one can be read alone and still be checked
     val-000000.tar ...
 
 A split is a set of shards, so that a sequential reader can take one split without looking at the others.
@@ -40,6 +42,8 @@ from .errors import BadShardError, PackError
 
 FORMAT = 1
 MANIFEST = "dataset.json"
+BLOCK = 1 << 20  # bytes; a larger member has a checksum for each block of so many
+LARGEST = (8 << 30) - 1  # bytes of a member, all that a plain tar header can say
 # Extensions that webdataset or torch would hand to an unpickler (or, for .npy, may).
 REFUSED = frozenset(
     {"pkl", "pickle", "pyd", "pt", "pth", "ckpt", "bin.pt", "joblib", "npy", "npz", "dill", "cloudpickle"}
@@ -77,6 +81,12 @@ def local_shard(folder: Path, name: str, manifest: Path) -> Path:
     return folder / name
 
 
+def block_checksums(data: bytes) -> list[int]:
+    """CRC-32 of each `BLOCK` bytes of a member; the last block may be shorter."""
+    view = memoryview(data)
+    return [zlib.crc32(view[first : first + BLOCK]) for first in range(0, len(data), BLOCK)]
+
+
 def index_path(shard: Path) -> Path:
     """Where the index of a shard is."""
     return shard.with_suffix(".index.json")
@@ -95,24 +105,39 @@ class ShardWriter:
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         self.keys: list[str] = []
         self.members: dict[str, dict[str, list[int]]] = {}
+        self.blocks: dict[str, dict[str, list[int]]] = {}
         self.labels: dict[str, list[int]] = {}
+        self.numbers: dict[str, list[int]] = {}
 
     @property
     def written(self) -> int:
         """Bytes written so far."""
         return self._file.tell()
 
-    def add(self, key: str, members: Mapping[str, bytes], labels: Mapping[str, int]) -> None:
-        """Append one sample: its members by extension, and its labels as class ids."""
+    def add(
+        self,
+        key: str,
+        members: Mapping[str, bytes],
+        labels: Mapping[str, int],
+        numbers: Mapping[str, int] | None = None,
+    ) -> None:
+        """Append one sample: its members by extension, its labels as class ids, and further numbers to have at hand."""
+        numbers = numbers or {}
         if not _KEY.match(key):
             raise PackError(self.path, "a key is made of letters, digits, - and _", key)
         if self.keys and (set(members) != set(self.members) or set(labels) != set(self.labels)):
             raise PackError(self.path, f"has members {sorted(members)} and labels {sorted(labels)}; the ones before it "
                             f"have {sorted(self.members)} and {sorted(self.labels)}", key)  # fmt: skip
+        if self.keys and set(numbers) != set(self.numbers):
+            raise PackError(
+                self.path, f"has numbers {sorted(numbers)}; the ones before it have {sorted(self.numbers)}", key
+            )
         for extension, data in members.items():
             name = f"{key}.{extension}"
             if reason := why_refused(name):
                 raise PackError(self.path, reason, name)
+            if len(data) > LARGEST:
+                raise PackError(self.path, f"has {len(data):,} bytes; a member can have {LARGEST:,}: divide it", name)
             header = tarfile.TarInfo(name)
             header.size, header.mode = len(data), 0o644
             self._tar.addfile(header, io.BytesIO(data))
@@ -121,6 +146,10 @@ class ShardWriter:
             columns["offset"].append(self._file.tell() - padded)
             columns["size"].append(len(data))
             columns["crc32"].append(zlib.crc32(data))
+            if len(data) > BLOCK:
+                self.blocks.setdefault(extension, {})[str(len(self.keys))] = block_checksums(data)
+        for name, value in numbers.items():
+            self.numbers.setdefault(name, []).append(int(value))
         for field, value in labels.items():
             self.labels.setdefault(field, []).append(int(value))
         self.keys.append(key)
@@ -136,6 +165,9 @@ class ShardWriter:
             "format": FORMAT, "shard": self.path.name, "bytes": size, "keys": self.keys,
             "members": self.members, "labels": self.labels,
         }  # fmt: skip
+        for section, content in (("numbers", self.numbers), ("blocks", self.blocks)):
+            if content:
+                index[section] = content
         data = json.dumps(index, separators=(",", ":")).encode()
         write_synced(index_path(self.path), data)
         return {
@@ -163,7 +195,8 @@ class DatasetWriter:
 
     Args:
         out: the folder to make. If it exists it must be empty, or hold a dataset and ``overwrite`` be true.
-        about: the rest of ``dataset.json`` (name, modality, labels, source, licence, ...), primitives only.
+        about: the rest of ``dataset.json`` (name, modality, labels, source, licence, ...), primitives only; what is put in
+            ``writer.about`` before the block is left is written too.
         shard_bytes: begin a new shard when one has reached this size.
         overwrite: replace a dataset that is already there, in one step, once the new one is whole.
 
@@ -222,14 +255,21 @@ class DatasetWriter:
                 ) from error  # fmt: skip
             raise
 
-    def add(self, split: str, key: str, members: Mapping[str, bytes], labels: Mapping[str, int]) -> None:
+    def add(
+        self,
+        split: str,
+        key: str,
+        members: Mapping[str, bytes],
+        labels: Mapping[str, int],
+        numbers: Mapping[str, int] | None = None,
+    ) -> None:
         """Append one sample to a split. See :meth:`ShardWriter.add`."""
         with self._explained():
             writer = self._open.get(split)
             if writer is None:
                 number = len(self._splits.setdefault(split, []))
                 writer = self._open[split] = ShardWriter(self.folder / f"{split}-{number:06d}.tar")
-            writer.add(key, members, labels)
+            writer.add(key, members, labels, numbers)
             if writer.written >= self.shard_bytes:
                 self._splits[split].append(self._open.pop(split).close())
 

@@ -29,6 +29,7 @@ class Item:
         open: gives the image, undecoded where possible.
         extra: further facts for its JSON.
         split: the split it must be in, if the source says so.
+        group: items of one group never part (pictures of one patient); ``None``: its own.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Item:
     open: Callable[[], Image.Image]
     extra: Mapping[str, str | int | float] = field(default_factory=dict)
     split: str | None = None
+    group: str | None = None
 
 
 @dataclass(frozen=True)

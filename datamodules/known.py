@@ -1,0 +1,56 @@
+"""The sequence sources that have a name, and where what a user gives for them is looked for.
+
+Each is in a module beside this one, as a `KnownSequences` called ``KNOWN`` (a dict of them by name where the module has several); it is imported when the
+source is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from pathlib import Path
+
+from .errors import DataError
+from .records import KnownSequences
+
+MODULES: dict[str, str] = {
+    "fsdd": "fsdd",
+    **{f"fsdd-without-{speaker}": "fsdd" for speaker in ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")},
+    "foxdot": "foxdot",
+}
+
+
+def known_names(modality: str | None = None) -> tuple[str, ...]:
+    """Names of the known sources, of one modality or of all."""
+    return tuple(name for name in MODULES if modality is None or known_sequences(name).modality == modality)
+
+
+def known_sequences(name: str) -> KnownSequences:
+    """A known source by name.
+
+    Raises:
+        DataError: there is none of that name.
+    """
+    if name not in MODULES:
+        raise DataError(name, f"is no known source; there are {', '.join(MODULES)}")
+    known = import_module(f"{__package__}.{MODULES[name]}").KNOWN
+    return known[name] if isinstance(known, dict) else known
+
+
+def data_root() -> Path:
+    """Where datasets are kept unless told: ``$MMLONG_DATA``, else ``.data`` in the current folder."""
+    return Path(os.environ.get("MMLONG_DATA") or ".data")
+
+
+def find_source(known: KnownSequences, given: str | Path | None, root: str | Path | None = None) -> str | None:
+    """The files of a source that comes in no package: what the user gave, else what lies in ``root`` (or `data_root`) under its name.
+
+    Raises:
+        DataError: what the user gave is not there.
+    """
+    if given is not None:
+        if not Path(given).exists():
+            raise DataError(given, "is missing")
+        return str(given)
+    folder = data_root() if root is None else Path(root)
+    return next((str(folder / name) for name in known.files if (folder / name).exists()), None)

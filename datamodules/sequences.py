@@ -1,0 +1,141 @@
+"""`SequenceDataModule`: packed documents of one modality to batches; what audio, genome and text share.
+
+A modality's datamodule says how bytes become an array (`codec`), what of the data its modality must know
+(`modality_options`), and which changes there are (`changes`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .augment import Augment, Change
+from .base import PackedDataModule, Progress
+from .codecs import Codec
+from .known import MODULES, data_root, known_names, known_sequences
+from .pack_sequences import pack_known_sequences
+from .records import KnownSequences
+from .sequence_samples import SequenceSamples, document_lengths
+from .windows import Stream, Whole, Windows
+
+WINDOWS = ("whole", "stream")
+
+
+class SequenceDataModule(PackedDataModule):
+    """Documents, whole or as one stream. Base of the datamodules of audio, genome and text.
+
+    Args:
+        dataset: a known source (packed on first use into ``root``), or the folder of a packed dataset.
+        root: where known datasets are packed; `data_root` if not given.
+        source_path: the folder or file of a known source that comes in no package, if it does not lie in ``root``.
+        windows: ``"whole"``: a sample is a document; ``"stream"``: a row out of all documents one behind another. See
+            `mmlong.datamodules.windows`.
+        length: tokens of a row; of whole documents the longest sample, of longer ones a crop is taken.
+        eval_length: ``length`` of evaluation, if that is another.
+        crop: which crop evaluation takes, ``"head"`` or ``"middle"``.
+        label: which label field; the dataset's default if not given.
+        augment: changes to training samples.
+        cache: keep decoded documents in memory, shared by the workers.
+        batch_size, num_workers, seed, reader, on_bad, eval_batch_size: see `PackedDataModule`. The reader ``"streaming"`` gives
+            whole documents only.
+
+    Batches are dicts, see `mmlong.datamodules.sequence_samples`. In evaluation on several ranks a few samples of weight
+    0 fill the last batch: leave them out of every metric.
+
+    Raises:
+        DataError: at use, if the dataset is neither known nor packed, or is of another modality.
+        ValueError: an argument makes no sense.
+    """
+
+    known: KnownSequences | None
+    changes: Mapping[str, tuple[Change, float]] = {}
+
+    def __init__(
+        self,
+        dataset: str,
+        root: str | None = None,
+        source_path: str | None = None,
+        windows: str = "whole",
+        length: int | None = None,
+        eval_length: int | None = None,
+        crop: str = "head",
+        label: str | None = None,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        seed: int = 0,
+        augment: Sequence[str] = (),
+        reader: str = "indexed",
+        on_bad: str = "stop",
+        cache: bool = False,
+        eval_batch_size: int | None = None,
+    ) -> None:
+        if windows not in WINDOWS:
+            raise ValueError(f"windows is {windows!r}; it can be {' or '.join(WINDOWS)}")
+        if windows == "stream" and length is None:
+            raise ValueError("a stream is cut into rows: give their length")
+        if windows == "stream" and reader == "streaming":
+            raise ValueError("the reader 'streaming' gives whole documents; for windows: stream take reader: indexed")
+        known = known_sequences(dataset) if dataset in MODULES else None
+        if known is not None and known.modality != self.modality:
+            raise ValueError(f"{dataset} is {known.modality}; {type(self).__name__} reads {self.modality}")
+        folder = Path(dataset)
+        if known is not None:
+            folder = Path(root if root is not None else data_root()) / dataset
+        super().__init__(dataset, folder, known, label, batch_size, num_workers, seed, reader, on_bad, eval_batch_size)
+        self.root, self.source_path = root, source_path
+        self.windows, self.length, self.eval_length, self.crop = windows, length, eval_length or length, crop
+        for train in (True, False):
+            self._windows([1], train)  # refuses a length or crop that makes no sense, now
+        self.augment = Augment(augment, seed, self.changes)
+        self.cache = cache
+
+    def pack(self, progress: Progress) -> None:
+        """Pack the known source with its own splits."""
+        pack_known_sequences(
+            self.dataset_name, self.folder, self.source_path, self.root, on_bad=self.on_bad, progress=progress
+        )
+
+    @property
+    def codec(self) -> Codec:
+        """How a member becomes an array."""
+        raise TypeError(f"{type(self).__name__} does not say how a member becomes an array")
+
+    def known_names(self) -> tuple[str, ...]:
+        """Names of this modality's sources."""
+        return known_names(self.modality)
+
+    def about(self) -> Mapping[str, Any]:
+        """What the modality must know of all documents together. Needs no packed data if the dataset is a known one."""
+        return self.known.about if self.known is not None else self.dataset.manifest[self.modality]
+
+    @property
+    def label(self) -> str | None:
+        """The label field in use; ``None`` for data without labels, and for a stream."""
+        return None if self.windows == "stream" else super().label
+
+    def _windows(self, lengths: Sequence[int] | np.ndarray, train: bool) -> Windows:
+        length = self.length if train else self.eval_length
+        if self.windows == "stream" and length is not None:
+            return Stream(lengths, length, train, self.seed)
+        return Whole(lengths, length, train, self.seed, self.crop)
+
+    def samples(self, split: str, train: bool) -> SequenceSamples:
+        """The samples of a split, one at a time or as batches."""
+        windows = self._windows(document_lengths(self.dataset.split(split)), train)
+        return SequenceSamples(
+            self.dataset, split, self.codec, windows, self.label, self.augment if train and self.augment.names else None,
+            self.on_bad, self.cache,
+        )  # fmt: skip
+
+    def train_sizes(self) -> tuple[int, ...]:
+        """Documents of each shard; a stream's rows are read from anywhere."""
+        if self.windows == "stream":
+            return (len(self._cached_samples("train", True)),)
+        return super().train_sizes()
+
+    def fixed_settings(self) -> dict[str, str]:
+        """Windows and their length."""
+        return {"windows": self.windows, "length": str(self.length)}
