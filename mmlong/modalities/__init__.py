@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
+from mmlong.modalities.audio import AudioModality, MuLawModality
 from mmlong.modalities.contract import MODALITIES, Modality, create_modality, register_modality
+from mmlong.modalities.genome import GenomeModality
 from mmlong.modalities.image import ImageModality
+from mmlong.modalities.image_bytes import ImageBytesModality
+from mmlong.modalities.image_palette import ImagePaletteModality, fit_palette
+from mmlong.modalities.text import TextModality
 
-__all__ = ["MODALITIES", "ImageModality", "Modality", "create_modality", "register_modality"]
+__all__ = [
+    "MODALITIES",
+    "AudioModality",
+    "GenomeModality",
+    "ImageBytesModality",
+    "ImageModality",
+    "ImagePaletteModality",
+    "Modality",
+    "MuLawModality",
+    "TextModality",
+    "create_modality",
+    "fit_palette",
+    "register_modality",
+]
