@@ -18,6 +18,7 @@ exchanged and positions reversed; see :mod:`mmlong.backbone.reverse_complement`.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,7 @@ class GenomeModality(Modality):
         ValueError: an unknown rule, or an odd ``dim`` with ``reverse_complement``.
     """
 
+    kind = "genome"
     unit = "nucleotide"
 
     def __init__(
@@ -153,10 +155,7 @@ class GenomeModality(Modality):
         Raises:
             ValueError: a code outside ``0 .. codes - 1``.
         """
-        if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= (self.codes or 0)):
-            raise ValueError(
-                f"codes must be 0 .. {(self.codes or 0) - 1}, got {int(tokens.min())} .. {int(tokens.max())}"
-            )
+        self.check_codes(tokens)
         letters = torch.tensor(list(LETTERS + LETTERS.lower()), dtype=torch.uint8, device=tokens.device)[tokens]
         valid = None if layout is None else layout.valid(tokens.shape[1])
         return letters if valid is None else torch.where(valid, letters, LETTERS[N])
@@ -166,3 +165,28 @@ class GenomeModality(Modality):
         if not self.reverse_complement:
             return self.letter(tokens)
         return torch.cat([self.letter(tokens), self.letter(complement(tokens))], dim=-1)
+
+    def quantisation(self, raw: Tensor) -> Tensor:
+        """0 for the letters of the codes; any distance for a letter that is read as another."""
+        exact = torch.zeros(256, dtype=torch.bool, device=raw.device)
+        exact[list((LETTERS + LETTERS.lower())[: self.codes])] = True
+        return torch.where(exact[raw.long()], 0.0, 255.0)
+
+    @classmethod
+    def example_options(cls) -> list[dict[str, Any]]:
+        """Each rule, and the embedding of both strands."""
+        return [
+            {},
+            {"soft_masked": "keep"},
+            {"ambiguous": "error", "soft_masked": "error"},
+            {"reverse_complement": True},
+        ]
+
+    def example(
+        self, batch: int, length: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Letters that the rules take, rows of any length, resets anywhere."""
+        taken = (letter_codes(self.ambiguous, self.soft_masked) != _BAD).nonzero()[:, 0].to(torch.uint8)
+        raw = taken[torch.randint(len(taken), (batch, length), generator=generator)]
+        lengths = torch.randint(1, length + 1, (batch,), generator=generator)
+        return raw, lengths, torch.rand(batch, length, generator=generator) < 0.1
