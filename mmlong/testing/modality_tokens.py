@@ -292,7 +292,7 @@ def _refused_or_right(s: ModalitySubject, module: Modality, raw: Tensor) -> None
                     f"given {what}: the {type(error).__name__} must say which shape (B, ...) was expected; it says: {error}"
                 )
             return
-    if found.numel() != raw.numel():
+    if found.numel() != raw.numel() or (found.shape[0], found.shape[-1]) != (raw.shape[0], raw.shape[-1]):
         s.fail(f"accepted {what} and made {tuple(found.shape)} of it; must raise ValueError")
     everywhere = torch.ones_like(raw, dtype=torch.bool)
     _close(s, found.reshape(raw.shape), raw, everywhere, module.quantisation(raw), f"accepted {what}")
