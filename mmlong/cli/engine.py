@@ -34,6 +34,7 @@ from mmlong.training.pictures import draw_curves
 from mmlong.training.progress import RunProgress, describe, duration
 from mmlong.training.resume import ResumeCheckpoint, RunStoppedError
 from mmlong.training.rng import RNGStateCallback
+from mmlong.training.transfer import BACKBONE, save_backbone
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": -1,  # steps decide
@@ -43,7 +44,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the datamodules divide samples among ranks themselves
 }
 TRACEBACK = "MMLONG_TRACEBACK"
-LESS_IS_BETTER = ("loss", "bits", "error")
+LESS_IS_BETTER = ("loss", "bits", "error", "mse", "mae")
 TOLD = (DataError, ArchitectureMismatchError, CheckpointWriteError)
 """Errors that say all there is to say."""
 
@@ -187,7 +188,7 @@ class Engine:
             else:
                 hint = f"The last good checkpoint is {newest}. {hint}; go on with: {self._go_on()} --model.optim.lr LR"
             raise CommandError(f"{error}.\n{hint}", status=1) from error
-        except (*TOLD, ValueError) as error:
+        except (*TOLD, ValueError, FileNotFoundError) as error:
             raise self._known(error) from error
 
     def _known(self, error: BaseException) -> CommandError:
@@ -228,6 +229,7 @@ class Engine:
             tested = next(iter(trainer.test(task, datamodule=data, verbose=False)), {})
         if trainer.is_global_zero:
             save_model(task.model, self.run_dir)
+            save_backbone(task.model.backbone, self.run_dir / BACKBONE)
             self._draw()
             self._summarise(trainer, task, which, tested)
         return 0

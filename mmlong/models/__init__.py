@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mmlong.models.autoregressive import AutoregressiveModel
+from mmlong.models.masked import MaskedModel
 from mmlong.models.model import KINDS, Config, Model, build_model, register_kind
 from mmlong.models.named import MODELS, create_model, list_models, register_model
 from mmlong.models.saving import load_model, save_model
@@ -12,6 +13,7 @@ __all__ = [
     "MODELS",
     "AutoregressiveModel",
     "Config",
+    "MaskedModel",
     "Model",
     "build_model",
     "create_model",

@@ -28,7 +28,7 @@ class AutoregressTask(Task):
     """Likelihood training of an autoregressive model.
 
     Args:
-        modality, backbone, optim, compile, data_info: see :class:`mmlong.tasks.base.Task`. The backbone's direction is ``causal``.
+        modality, backbone, optim, compile, data_info, backbone_from, freeze_backbone: see :class:`mmlong.tasks.base.Task`. The backbone's direction is ``causal``.
         head: ``{name: ..., option: ...}``; left out, ``categorical`` for codes and ``logistic_mixture`` for numbers.
         segment: tokens in a piece of a training or evaluation step; null: the whole row at once.
         samples: how many samples a test draws from the model and leaves in the run folder; 0: none.
@@ -48,11 +48,13 @@ class AutoregressTask(Task):
         samples: int = 4,
         sample_length: int = 1024,
         data_info: dict[str, Any] | None = None,
+        backbone_from: str | None = None,
+        freeze_backbone: bool | int = False,
     ) -> None:
         if segment is not None and segment < 1:
             raise ValueError(f"model.segment is {segment}; it is a number of tokens, or null for whole rows")
         info = {key: value for key, value in (data_info or {}).items() if key == "modality"}
-        super().__init__(modality, backbone, head or {}, optim, compile, info)
+        super().__init__(modality, backbone, head or {}, optim, compile, info, backbone_from, freeze_backbone)
         self.segment = segment
         self.samples = samples
         self.sample_length = sample_length

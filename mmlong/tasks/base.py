@@ -8,25 +8,23 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from mmlong.backbone import BackboneConfig
 from mmlong.layout import Layout
 from mmlong.models import Model, build_model
 from mmlong.training.optim import OptimConfig, build_optimizer
+from mmlong.training.transfer import (
+    CHECKPOINT_CONFIG,
+    FREE,
+    ArchitectureMismatchError,
+    differences,
+    first_lines,
+    load_backbone,
+)
 
-_MODEL_KEY = "mmlong_model"
-
-
-class ArchitectureMismatchError(ValueError):
-    """A checkpoint of another architecture than the model that should take it."""
-
-
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested configuration as dotted keys."""
-    if isinstance(config, dict):
-        return {k: v for key, value in config.items() for k, v in flatten(value, f"{prefix}{key}.").items()}
-    return {prefix[:-1]: config}
+__all__ = ["ArchitectureMismatchError", "Task"]
 
 
 class Task(pl.LightningModule):
@@ -40,6 +38,9 @@ class Task(pl.LightningModule):
         compile: compile each block with ``torch.compile`` before training.
         data_info: what the datamodule says of itself: ``modality`` (options), ``num_classes``, ``class_names``. The
             command line fills it in.
+        backbone_from: begin training with the backbone of another run, of any modality: a run folder, a saved model's folder or a file of weights; see
+            :mod:`mmlong.training.transfer`. A run that goes on from a checkpoint has its own weights and does not look.
+        freeze_backbone: leave the backbone as it is: for so many steps of training, or (true) throughout.
     """
 
     kind = "plain"
@@ -53,9 +54,16 @@ class Task(pl.LightningModule):
         optim: OptimConfig | None = None,
         compile: bool = False,
         data_info: dict[str, Any] | None = None,
+        backbone_from: str | None = None,
+        freeze_backbone: bool | int = False,
     ) -> None:
         super().__init__()
+        if freeze_backbone < 0:
+            raise ValueError(f"model.freeze_backbone is {freeze_backbone}; it is true, false or a number of steps")
         info = data_info or {}
+        self.backbone_from = backbone_from
+        self.freeze_backbone = freeze_backbone
+        self._restored = False
         self.optim = optim or OptimConfig()
         self.compile_blocks = compile
         self.model: Model = build_model(
@@ -80,10 +88,28 @@ class Task(pl.LightningModule):
         return self.model.encode(batch["raw"], batch.get("lengths"), batch.get("resets"))
 
     def setup(self, stage: str) -> None:
-        """Compile the blocks, when asked to."""
-        if self.compile_blocks and stage == "fit":
+        """Before training: freeze the backbone and compile its blocks, each when asked to."""
+        if stage != "fit":
+            return
+        self._restored = False
+        if self.freeze_backbone is True:
+            self.model.backbone.requires_grad_(False)
+            rank_zero_only(print)("the backbone is frozen", flush=True)
+        if self.compile_blocks:
             for block in self.model.backbone.blocks():
                 block.compile()
+
+    def on_fit_start(self) -> None:
+        """Take another run's backbone, when asked to. A run that goes on has loaded its own weights by now, and needs the other run no more."""
+        if self.backbone_from is not None and not self._restored:
+            file = load_backbone(self.model.backbone, self.backbone_from)
+            rank_zero_only(print)(f"the backbone begins with the weights of {file}", flush=True)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Hold the backbone for its first steps: an optimiser passes over parameters without a gradient."""
+        # Computed and dropped, not switched off: DDP waits for every gradient that it was told of.
+        if self.global_step < self.freeze_backbone and self.freeze_backbone is not True:
+            self.model.backbone.zero_grad(set_to_none=True)
 
     def configure_optimizers(self) -> Any:
         """Optimiser and schedule over ``trainer.max_steps``."""
@@ -100,7 +126,7 @@ class Task(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The architecture travels with the weights, as plain JSON."""
-        checkpoint[_MODEL_KEY] = json.dumps(self.model.config)
+        checkpoint[CHECKPOINT_CONFIG] = json.dumps(self.model.config)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights of another architecture, and say which settings differ.
@@ -108,21 +134,14 @@ class Task(pl.LightningModule):
         Raises:
             ArchitectureMismatchError: naming up to five settings, the checkpoint's value and this run's.
         """
-        there = flatten(json.loads(checkpoint.get(_MODEL_KEY, "{}")))
-        here = flatten(json.loads(json.dumps(self.model.config)))
-        # These change how training runs, not which weights there are.
-        free = ("backbone.dropout", "backbone.drop_path", "backbone.checkpoint", "head.dropout")
-        differ = [
-            f"{key}: {there.get(key, 'absent')} in the checkpoint, {here.get(key, 'absent')} here"
-            for key in sorted(there.keys() | here.keys())
-            if there.get(key) != here.get(key) and key not in free
-        ]
-        if differ:
+        self._restored = True
+        free = (*(f"backbone.{key}" for key in FREE), "head.dropout")
+        there = json.loads(checkpoint.get(CHECKPOINT_CONFIG, "{}"))
+        if differ := differences(there, self.model.config, free, "the checkpoint"):
             raise ArchitectureMismatchError(
-                "the checkpoint is of another architecture:\n  " + "\n  ".join(differ[:5])
-                + ("\n  ..." if len(differ) > 5 else "")
-                + "\nuse the configuration it was trained with (config.yaml in its run folder), or train anew"
-            )  # fmt: skip
+                f"the checkpoint is of another architecture:\n  {first_lines(differ)}\n"
+                "use the configuration it was trained with (config.yaml in its run folder), or train anew"
+            )
 
     def counted(self, batch: dict[str, Tensor]) -> Tensor:
         """Bool ``(B,)``: samples that count; evaluation is filled up with samples of weight 0."""

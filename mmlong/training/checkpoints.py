@@ -90,7 +90,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise BadCheckpointError(
             f"{path} is no checkpoint of mmlong: it is damaged, or holds objects other than tensors and plain values, which are never loaded"
         ) from error
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (RuntimeError, OSError, EOFError, LookupError, ValueError, zipfile.BadZipFile) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise BadCheckpointError(f"{path} is damaged or no checkpoint: {reason}") from error
     if not isinstance(content, dict) or "state_dict" not in content:

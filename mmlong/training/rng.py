@@ -11,6 +11,16 @@ import torch
 import torch.distributed as dist
 
 
+def step_generator(rank: int = 0) -> torch.Generator:
+    """A generator for the draws of one training step: one number from torch's global generator, which is saved and resumed, and the rank, so that ranks differ."""
+    return torch.Generator().manual_seed(int(torch.randint(2**62, ())) + rank)
+
+
+def sample_generators(index: torch.Tensor, purpose: int) -> list[torch.Generator]:
+    """Generators for the draws of an evaluation, one a sample: a pure function of the sample's index and of a number that tells purposes apart."""
+    return [torch.Generator().manual_seed((purpose << 40) + int(sample)) for sample in index.tolist()]
+
+
 def _own() -> dict[str, Any]:
     _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     version, internal, gauss_next = random.getstate()
