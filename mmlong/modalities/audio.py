@@ -15,6 +15,7 @@ Where a sample stands is not told (``places`` is ``None``): a sound may begin an
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +95,21 @@ class Sound(Modality):
         self.rate = rate
         self.sound_channels = channels
 
+    @classmethod
+    def example_options(cls) -> list[dict[str, Any]]:
+        """Mono and stereo."""
+        return [{"rate": 8000}, {"rate": 44100, "channels": 2}]
+
+    def example(
+        self, batch: int, length: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Noise, most of it near zero as in speech, and a sample at full scale; rows of any length, resets anywhere."""
+        shape = (batch, length) if self.sound_channels == 1 else (batch, self.sound_channels, length)
+        raw = (torch.rand(shape, generator=generator) * 2 - 1) ** 5
+        raw[..., 0] = raw[..., 0].sign()
+        lengths = torch.randint(1, length + 1, (batch,), generator=generator)
+        return raw, lengths, torch.rand(batch, length, generator=generator) < 0.1
+
 
 @register_modality("audio")
 class AudioModality(Sound):
@@ -172,12 +188,22 @@ class MuLawModality(Sound):
         """Codes ``(B, T * C)`` to float32 ``(B, T)`` (one channel) or ``(B, C, T)``.
 
         Raises:
-            ValueError: a number of codes that is not whole moments of C channels.
+            ValueError: a code outside 0..255, or a number of codes that is not whole moments of C channels.
         """
+        self.check_codes(tokens)
         if tokens.shape[1] % self.sound_channels:
             raise ValueError(f"{tokens.shape[1]} codes are not whole moments of {self.sound_channels} channels")
         raw = mulaw_decode(tokens).unflatten(1, (-1, self.sound_channels)).transpose(1, 2)
         return raw[:, 0] if self.sound_channels == 1 else raw
+
+    def quantisation(self, raw: Tensor) -> Tensor:
+        """Half a step of the curve where the sample is, and what clipping takes off beyond full scale."""
+        wide = raw.double()
+        heard = wide.clamp(-1, 1)
+        level, half = compand(heard), 1 / MU
+        step = torch.maximum(expand(level + half) - heard, heard - expand(level - half))
+        # Codes are found and read in float32.
+        return step + (wide - heard).abs() + 1e-6
 
     def values(self, tokens: Tensor) -> Tensor:
         """``(B, L)`` to ``(B, L, D)``: a vector a code, and its level projected, so that neighbouring codes are alike from the start."""

@@ -54,8 +54,7 @@ class TextModality(Modality):
         Raises:
             ValueError: a code outside ``0 .. 255``.
         """
-        if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) > 255):
-            raise ValueError(f"codes must be 0 .. 255, got {int(tokens.min())} .. {int(tokens.max())}")
+        self.check_codes(tokens)
         valid = None if layout is None else layout.valid(tokens.shape[1])
         return (tokens if valid is None else torch.where(valid, tokens, 0)).to(torch.uint8)
 
