@@ -34,7 +34,7 @@ class OptimConfig:
         name: optimiser, any of timm's that works on parameter groups (``adamw``, ``muon``, ``lion``, ``sgd``, ...).
         lr: peak learning rate.
         weight_decay: decoupled weight decay of matrices.
-        betas: of Adam-like optimisers; null for the optimiser's own.
+        betas: of Adam-like optimisers, ignored by others; null for the optimiser's own.
         options: any further options of the optimiser, e.g. ``{fallback_lr_scale: 0.1}``: Muon's usual rate of 0.02 is too high for its AdamW.
         warmup: steps of linear warm-up.
         schedule: after it: ``cosine``, ``linear``, ``wsd`` (constant, then linear over the last fifth) or ``constant``.
@@ -154,6 +154,5 @@ def build_optimizer(model: nn.Module, config: OptimConfig, total_steps: int) -> 
             groups, opt=config.name, lr=config.lr, weight_decay=config.weight_decay, **options
         )
     except TypeError as error:
-        hint = " (optim.betas: null leaves them out)" if "betas" in str(error) else ""
-        raise ValueError(f"optim: {config.name} does not take these options: {error}{hint}") from error
+        raise ValueError(f"optim: {config.name} does not take these options: {error}") from error
     return optimizer, LambdaLR(optimizer, partial(schedule_factor, config=config, total=total_steps))

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from mmlong.mixers import list_mixers
 from mmlong.models import create_model
 from mmlong.training.optim import OptimConfig, build_optimizer, optim_hints, parameter_groups, schedule_factor
 
@@ -88,3 +89,69 @@ def test_training_reduces_a_loss() -> None:
         schedule.step()
         last = float(loss.detach())
     assert last < 0.2 * first
+
+
+@pytest.mark.parametrize("mixer", list_mixers())
+def test_muon_gets_the_linear_maps_of_the_backbone_and_nothing_else(mixer: str) -> None:
+    net = create_model("pixel_sequence", size=[4, 4], dim=16, depth=2, mixers=[mixer])
+    groups = parameter_groups(net, OptimConfig(name="muon"))
+    names = {id(p): name for name, p in net.named_parameters()}
+    fallback = {names[id(p)] for group in groups if group.get("use_fallback") for p in group["params"]}
+    orthogonal = {names[id(p)] for group in groups if not group.get("use_fallback") for p in group["params"]}
+    assert fallback | orthogonal == set(names.values())
+    assert {"backbone.stages.0.0.ffn.w_in.weight", "backbone.stages.0.1.ffn.w_out.weight"} <= orthogonal
+    maps = [m for m in net.backbone.blocks()[0].mixer.modules() if isinstance(m, nn.Linear)]
+    assert any(".mixer." in name for name in orthogonal) == bool(maps)
+    hints = optim_hints(net)
+    for name, p in net.named_parameters():
+        if name.startswith(("modality", "head")) or name in hints or p.ndim != 2 or "conv" in name:
+            assert name in fallback, name
+    if mixer == "mamba2":
+        assert any(name.endswith("conv_weight") for name in fallback), "a convolution's taps are a matrix only in form"
+
+
+def test_muon_moves_matrices_orthogonally_and_the_rest_as_adamw() -> None:
+    """Momentum and decay off, Muon's first update of a matrix is orthogonal; a vector's is AdamW's: the rate times the sign."""
+    torch.manual_seed(0)
+    net = create_model("pixel_sequence", size=[4, 4], dim=16, depth=1, mixers=["mamba2"])
+    config = OptimConfig(name="muon", lr=0.02, weight_decay=0.0, warmup=0, options={"fallback_lr_scale": 0.1})
+    optimizer, _ = build_optimizer(net, config, 10)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    moved = {name: p.detach() - before[name] for name, p in net.named_parameters()}
+    step = moved["backbone.stages.0.0.ffn.w_out.weight"]
+    values = torch.linalg.svdvals(step.double())
+    assert float(values.min() / values.max()) > 0.5, "all directions move alike, to the five steps of Newton and Schulz"
+    for name in ("head.linear.weight", "modality.pixel.weight", "backbone.norm.bias"):
+        torch.testing.assert_close(moved[name].abs(), torch.full_like(moved[name], 0.002), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_layer_decay_is_timms(name: str) -> None:
+    """timm's own groups store the scale of each layer; here it is in the rate, on top of what hints ask for."""
+    from timm.optim import param_groups_layer_decay
+
+    net = create_model("pixel_pyramid", size=[8, 8], dim=[8, 16], depth=[1, 2], pool=[4], mixers=["s4d"])
+    scale = {id(p): g["lr_scale"] for g in param_groups_layer_decay(net, layer_decay=0.6) for p in g["params"]}
+    hints = optim_hints(net)
+    optimizer, schedule = build_optimizer(net, OptimConfig(name=name, lr=2.0, layer_decay=0.6, warmup=3), 10)
+    rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(set(scale.values())) > 3
+    for key, p in net.named_parameters():
+        wanted = 2.0 * scale[id(p)] * hints.get(key, {}).get("lr_scale", 1.0)
+        assert rate[id(p)] == pytest.approx(wanted / 4), f"{key}: the first of four steps up to the peak"
+    assert all(
+        base == pytest.approx(4 * group["lr"])
+        for base, group in zip(schedule.base_lrs, optimizer.param_groups, strict=True)
+    )
+
+
+def test_an_unknown_optimiser_or_option_is_answered() -> None:
+    with pytest.raises(ValueError, match="no optimiser 'adamv'.*did you mean"):
+        build_optimizer(nn.Linear(2, 2), OptimConfig(name="adamv"), 10)
+    with pytest.raises(ValueError, match="adamw does not take these options.*nesterof"):
+        build_optimizer(nn.Linear(2, 2), OptimConfig(options={"nesterof": True}), 10)
+    optimizer, _ = build_optimizer(nn.Linear(2, 2), OptimConfig(name="sgd", options={"momentum": 0.5}), 10)
+    assert optimizer.param_groups[0]["momentum"] == 0.5
