@@ -134,8 +134,8 @@ def read_sound(source: Path | bytes, name: str | Path) -> Sound:
         raise BadSampleError(
             name, f"is cut short: its header promises {whole:,} and there are {short:,}; copy it again"
         )
-    if data[:4] == b"OggS" and not data[data.rfind(b"OggS") + 5] & 4:
-        raise BadSampleError(name, "is cut short: its last page is missing; copy it again")
+    if data[:4] == b"OggS" and not _ogg_ends(data):
+        raise BadSampleError(name, "is cut short: its last page is missing or not whole; copy it again")
     if not len(wave):
         raise BadSampleError(name, "holds no samples")
     if not np.isfinite(wave).all():
@@ -149,6 +149,16 @@ def _shortfalls(data: bytes, log: str, promised: int, found: int) -> list[tuple[
     pairs = [(int(there), int(said)) for said, there in _PROMISED.findall(log)]
     pairs += [(int(there), int(said)) for there, said in _DS64.findall(log)]
     return [(there, said) for there, said in [*pairs, (found, promised)] if there < said]
+
+
+def _ogg_ends(data: bytes) -> bool:
+    """Whether the pages of an OGG (RFC 3533) are whole up to the one that is marked as the last of its stream."""
+    at, last = 0, False
+    while data[at : at + 4] == b"OggS" and len(data) >= at + 27:
+        last = bool(data[at + 5] & 4)
+        segments = data[at + 27 : at + 27 + data[at + 26]]
+        at += 27 + data[at + 26] + sum(segments)
+    return last and at <= len(data)
 
 
 def survey(source: Path | bytes, name: str | Path) -> tuple[int, int]:
