@@ -7,8 +7,11 @@ from mmlong.heads.categorical import CategoricalHead
 from mmlong.heads.classify import ClassifyHead
 from mmlong.heads.contract import HEADS, Head, create_head, register_head
 from mmlong.heads.logistic_mixture import LogisticMixtureHead
+from mmlong.heads.multilabel import MultiLabelHead
 from mmlong.heads.readout import ReadoutHead
+from mmlong.heads.regress import RegressHead, RegressTokensHead
 from mmlong.heads.sampling import GREEDY, Sampling
+from mmlong.heads.tag import TagHead
 
 __all__ = [
     "GREEDY",
@@ -18,8 +21,12 @@ __all__ = [
     "ClassifyHead",
     "Head",
     "LogisticMixtureHead",
+    "MultiLabelHead",
     "ReadoutHead",
+    "RegressHead",
+    "RegressTokensHead",
     "Sampling",
+    "TagHead",
     "create_head",
     "register_head",
 ]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmlong.heads.contract import Head, register_head
+from mmlong.heads.contract import Head, register_head, summed
 from mmlong.heads.sampling import Sampling, draw_codes
 from mmlong.layout import Layout
 
@@ -34,10 +34,7 @@ class CategoricalHead(Head):
     def loss(self, prediction: Tensor, target: Tensor, layout: Layout | None = None) -> tuple[Tensor, Tensor]:
         """Cross-entropy with codes ``(B, L)`` summed over valid positions, and how many those are."""
         loss = F.cross_entropy(prediction.flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
-        valid = None if layout is None else layout.valid(target.shape[1])
-        if valid is None:
-            return loss.sum(), torch.tensor(float(target.numel()), device=target.device)
-        return torch.where(valid, loss, 0).sum(), valid.sum().to(loss.dtype)
+        return summed(loss, None if layout is None else layout.valid(target.shape[1]))
 
     def sample(
         self, prediction: Tensor, sampling: Sampling | None = None, generator: torch.Generator | None = None

@@ -41,6 +41,25 @@ class Head(nn.Module):
         raise TypeError(f"{type(self).__name__} predicts no tokens, so none can be drawn from it")
 
 
+def summed(each: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``(sum, count)`` of what a per-token loss has at every position, over those that count.
+
+    Args:
+        each: ``(B, L)`` or ``(B, L, K)``.
+        counted: bool ``(B, L)``; ``None``: all.
+    """
+    if counted is None:
+        return each.sum(), torch.tensor(float(each.numel()), device=each.device)
+    which = counted.view(*counted.shape, *[1] * (each.ndim - 2)).expand_as(each)
+    return torch.where(which, each, 0).sum(), which.sum().to(each.dtype)
+
+
+def same_shape(prediction: Tensor, target: Tensor, head: str) -> None:
+    """Raise ``ValueError`` unless a target has the shape of what it is held against: broadcasting would compare other things in silence."""
+    if prediction.shape != target.shape:
+        raise ValueError(f"head {head} has targets {tuple(prediction.shape)}, got {tuple(target.shape)}")
+
+
 HEADS: Registry[type[Head]] = Registry("head", group="mmlong.heads")
 
 

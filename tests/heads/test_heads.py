@@ -6,12 +6,14 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mmlong.heads import create_head
+from mmlong.heads.pooling import POOLS, AttentionPool
 from mmlong.layout import Layout
 
 
-@pytest.mark.parametrize("pool", ["mean", "max", "last"])
+@pytest.mark.parametrize("pool", POOLS)
 def test_pooling_ignores_padding(pool: str) -> None:
     torch.manual_seed(0)
     head = create_head("classify", 8, num_classes=3, pool=pool)
@@ -20,6 +22,93 @@ def test_pooling_ignores_padding(pool: str) -> None:
     padded = head(x, Layout(lengths=torch.tensor([9, 5])))
     torch.testing.assert_close(padded[0], head(x[:1])[0])
     torch.testing.assert_close(padded[1], head(x[1:, :5])[0])
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_pooling_of_nothing_is_zero_and_padding_may_be_anything(pool: str) -> None:
+    head = create_head("classify", 8, num_classes=3, pool=pool)
+    x = torch.randn(3, 5, 8)
+    x[1], x[2, 2:] = torch.inf, torch.nan
+    x.requires_grad_()
+    pooled = head.pooled(x, Layout(lengths=torch.tensor([5, 0, 2])))
+    assert pooled.isfinite().all()
+    assert not pooled[1].any()
+    (gradient,) = torch.autograd.grad(pooled.sum(), x)
+    assert not gradient[1].any()
+    assert not gradient[2, 2:].any()
+
+
+@pytest.mark.parametrize(("dim", "heads"), [(16, 8), (12, 4), (6, 2), (7, 1)])
+def test_attention_pooling_is_softmax_over_valid_positions(dim: int, heads: int) -> None:
+    torch.manual_seed(0)
+    pool = AttentionPool(dim).double()
+    x, lengths = torch.randn(3, 9, dim, dtype=torch.float64), [9, 4, 1]
+    found = pool(x, Layout(lengths=torch.tensor(lengths)))
+    assert pool.heads == heads
+    width = dim // heads
+    for row, length in enumerate(lengths):
+        keys, values = pool.key(x[row, :length]), pool.value(x[row, :length])
+        for head in range(heads):
+            part = slice(head * width, (head + 1) * width)
+            weights = torch.softmax(keys[:, part] @ pool.query[part] / math.sqrt(width), 0)
+            torch.testing.assert_close(found[row, part], weights @ values[:, part])
+
+
+def test_multilabel_loss_by_hand() -> None:
+    head = create_head("multilabel", 4, num_classes=3)
+    x, target = torch.randn(2, 3, dtype=torch.float64), torch.tensor([[1.0, 0, 1], [0, 0, 0.25]])
+    p = 1 / (1 + torch.exp(-x))
+    loss, count = head.loss(x, target)
+    torch.testing.assert_close(loss, -(target * p.log() + (1 - target) * (1 - p).log()).sum())
+    assert float(count) == 6
+    with pytest.raises(ValueError, match=r"multilabel has targets \(2, 3\), got \(2,\)"):
+        head.loss(x, torch.tensor([0, 1]))
+
+
+def test_regression_losses_by_hand() -> None:
+    x, target = torch.tensor([[0.0, 3.0], [1.0, -2.0]], dtype=torch.float64), torch.tensor([[0.5, 1.0], [1.0, 2.0]])
+    e = [0.5, 2.0, 0.0, 4.0]
+    expected = {
+        "mse": sum(v * v for v in e),
+        "l1": sum(e),
+        "huber": sum(v * v / 2 if v <= 1.5 else 1.5 * (v - 0.75) for v in e),
+    }
+    for error, value in expected.items():
+        head = create_head("regress", 4, num_classes=2, error=error, delta=1.5)
+        loss, count = head.loss(x, target)
+        assert float(loss) == pytest.approx(value)
+        assert float(count) == 4
+        per_token = create_head("regress_tokens", 4, num_classes=2, error=error, delta=1.5)
+        padded = torch.cat([x[None], torch.full((1, 2, 2), torch.nan, dtype=torch.float64)])
+        loss, count = per_token.loss(padded, target.expand(2, -1, -1), Layout(lengths=torch.tensor([2, 0])))
+        assert (float(loss), float(count)) == (pytest.approx(value), 4)
+    with pytest.raises(ValueError, match=r"regress has targets \(2, 2\), got \(2,\)"):
+        head.loss(x, target[:, 0])
+    with pytest.raises(ValueError, match=r"regress_tokens has targets \(1, 2, 2\), got \(1, 2\)"):
+        per_token.loss(x[None], target[None, :, 0])
+
+
+def test_tags_count_where_there_are_any() -> None:
+    torch.manual_seed(0)
+    head = create_head("tag", 4, num_classes=5)
+    logits, target = torch.randn(2, 6, 5, dtype=torch.float64), torch.randint(5, (2, 6))
+    target[0, 1], target[0, 4], target[1, 3:] = -100, -100, -100
+    layout = Layout(lengths=torch.tensor([5, 6]))
+    kept = [(b, t) for b, t in [(0, 0), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2)]]
+    expected = -sum(F.log_softmax(logits, -1)[b, t, target[b, t]] for b, t in kept)
+    loss, count = head.loss(logits, target, layout)
+    torch.testing.assert_close(loss, expected)
+    assert float(count) == 6
+    assert float(head.loss(logits, target)[1]) == 7
+    with pytest.raises(ValueError, match=r"tag has targets \(2, 6\), got \(2, 12\)"):
+        head.loss(logits, target.repeat(1, 2))
+
+
+@pytest.mark.parametrize("name", ["multilabel", "regress", "tag", "regress_tokens"])
+def test_shapes_of_predictions(name: str) -> None:
+    head = create_head(name, 8, num_classes=3)
+    prediction = head(torch.randn(2, 5, 8), Layout(lengths=torch.tensor([5, 3])))
+    assert prediction.shape == ((2, 5, 3) if head.per_token else (2, 3))
 
 
 def test_classify_loss_is_a_sum_of_nats() -> None:
@@ -52,6 +141,10 @@ def test_readout_reads_each_position_by_itself_and_refuses_other_lengths() -> No
 def test_unknown_options_and_names() -> None:
     with pytest.raises(ValueError, match="unknown pooling 'sum'"):
         create_head("classify", 4, num_classes=2, pool="sum")
+    with pytest.raises(ValueError, match="unknown error 'mae'; known: mse, l1, huber"):
+        create_head("regress", 4, error="mae")
+    with pytest.raises(ValueError, match="above 0, got 0"):
+        create_head("regress_tokens", 4, error="huber", delta=0)
     with pytest.raises(KeyError, match="did you mean 'classify'"):
         create_head("clasify", 4)
     with pytest.raises(TypeError, match="did you mean 'num_classes'"):
