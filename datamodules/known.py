@@ -14,9 +14,16 @@ from .errors import DataError
 from .records import KnownSequences
 
 MODULES: dict[str, str] = {
+    "stdlib": "stdlib",
+    "bible": "bible",
+    "news": "news",
     "fsdd": "fsdd",
     **{f"fsdd-without-{speaker}": "fsdd" for speaker in ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")},
     "foxdot": "foxdot",
+    "chromosome": "chromosome",
+    "binding": "binding",
+    "families": "families",
+    "families-transcripts": "families",
 }
 
 

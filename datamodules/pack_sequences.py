@@ -41,7 +41,7 @@ def pack_sequences(
         splits: see `split_items`; a tenth each for ``val`` and ``test`` if not given.
         seed: of the splits and of the order in shards.
         shard_bytes, overwrite: see `DatasetWriter`.
-        on_bad: a document that cannot be read, or is empty: ``"stop"`` with its error, or ``"skip"`` it: it is named in
+        on_bad: a document that cannot be listed or read, or is empty: ``"stop"`` with its error, or ``"skip"`` it: it is named in
             the log, and counted and named in ``dataset.json``.
         progress: called with (done, in all).
 
@@ -55,6 +55,11 @@ def pack_sequences(
     """
     if on_bad not in ON_BAD:
         raise ValueError(f"on_bad is {on_bad!r}; it can be {' or '.join(ON_BAD)}")
+    if on_bad == "stop" and source.faults:
+        raise source.faults[0]
+    skipped: list[str] = []
+    for fault in source.faults:
+        _skip(fault, skipped)
     if not source.records:
         raise PackError(out, f"no documents in {source.source}")
     check_items(source.source, source.records, source.labels)
@@ -62,7 +67,6 @@ def pack_sequences(
     total = sum(len(part) for part in parts.values())
     packed: dict[str, list[Record]] = {split: [] for split in parts}
     tokens = dict.fromkeys(parts, 0)
-    skipped: list[str] = []
     about = {
         "name": source.name, "modality": source.modality, "extension": source.extension, "source": source.source,
         "licence": source.licence, "default_label": source.default_label,
@@ -76,8 +80,7 @@ def pack_sequences(
             except DataError as error:
                 if on_bad == "stop":
                     raise
-                skipped.append(str(error))
-                log.warning("skipped a bad document (%d so far): %s", len(skipped), error)
+                _skip(error, skipped)
             else:
                 numbers = {"length": length}
                 members = {source.extension: data, "json": sample_json(record, source.labels, numbers)}
@@ -101,6 +104,11 @@ def pack_known_sequences(
     """Pack a known source with its own splits. ``given`` and ``root``: see `find_source`; options as in `pack_sequences`."""
     known = known_sequences(name)
     return pack_sequences(known.load(find_source(known, given, root)), out, **{"splits": known.splits, **options})
+
+
+def _skip(fault: DataError, skipped: list[str]) -> None:
+    skipped.append(str(fault))
+    log.warning("skipped a bad document (%d so far): %s", len(skipped), fault)
 
 
 def _in_order(parts: Mapping[str, list[Record]]) -> Iterator[tuple[str, Record]]:

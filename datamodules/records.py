@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .errors import DataError
+
 
 @dataclass(frozen=True)
 class Record:
@@ -45,6 +47,7 @@ class SequenceSource:
         labels: class names by label field; empty for unlabelled data.
         default_label: the field a task uses unless told.
         length: of a member's bytes, in tokens of the raw (samples, letters, bytes).
+        faults: what could not become a record (a line of a table, say). Packing stops at the first, or skips and counts them.
     """
 
     name: str
@@ -57,6 +60,7 @@ class SequenceSource:
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     default_label: str | None = None
     length: Callable[[bytes], int] = len
+    faults: Sequence[DataError] = ()
 
 
 @dataclass(frozen=True)
