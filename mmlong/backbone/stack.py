@@ -160,7 +160,15 @@ class Backbone(nn.Module):
 
         Returns:
             Features after the final norm ``(B, ceil(L / stride), num_features)``, and the state (``None`` unless it streams).
+
+        Raises:
+            TypeError: integers.
+            ValueError: another shape, or a state of another number of blocks.
         """
+        if not x.is_floating_point():
+            raise TypeError(
+                f"the backbone takes real vectors, got {x.dtype}: embed codes first (modality.embed(tokens, layout), or call the model)"
+            )
         if x.ndim != 3 or x.shape[-1] != self.dim_in:
             raise ValueError(f"the backbone takes (B, L, {self.dim_in}), got {tuple(x.shape)}")
         given, length_in = layout, x.shape[1]

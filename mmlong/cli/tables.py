@@ -8,6 +8,7 @@ import importlib.util
 import os
 import platform
 import sys
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -83,7 +84,7 @@ def run_doctor(argv: list[str]) -> int:
     else:
         print("GPU: none that torch can use")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"\nbackends on {device}:")
+    print(f"\nwhat each mixer takes on {device}:")
     _backends(list_mixers(), device)
     print("\nextras:")
     for extra, (modules, brings) in EXTRAS.items():
@@ -93,15 +94,57 @@ def run_doctor(argv: list[str]) -> int:
     return 0
 
 
+LENGTH = 512
+"""Tokens of the rows that are tried: more than an explicit mask is made for."""
+
+
+def paths_taken(name: str, device: str) -> list[str]:
+    """What a mixer computes with here, in float32: for full rows in training, for padded rows, and for one token after a past.
+
+    It is run and looked at, so this is what happens and not what was meant to. ``torch``: it has no op with several backends.
+    """
+    import torch
+
+    from mmlong.layout import Layout
+    from mmlong.mixers import MIXERS, create_mixer
+    from mmlong.ops.backends import taken
+
+    traits = MIXERS[name].traits
+    mixer = create_mixer(name, 64, causal=traits.causal).to(device)
+    x = torch.randn(2, LENGTH, 64, device=device)
+
+    def run(*arguments: Any) -> tuple[str, Any]:
+        try:
+            with taken() as found:
+                _, state = mixer(*arguments)
+        except (RuntimeError, ImportError, ValueError) as error:
+            return f"cannot run: {error}", None
+        return ", ".join(f"{op}: {backend}" for op, backend in dict.fromkeys(found)) or "torch", state
+
+    full, state = run(x)
+    lengths = torch.tensor([LENGTH, LENGTH // 3], device=device)
+    padded = run(x, None, Layout(lengths=lengths))[0] if traits.padding else "-"
+    with torch.no_grad():
+        one = run(x[:, :1], state)[0] if traits.causal and traits.streaming else "-"
+    return [full, padded, one]
+
+
 def _backends(mixers: list[str], device: str) -> None:
-    """For each mixer, the backend that its op takes for float32 training here; then why the others are not."""
+    """For each mixer what it takes; then every backend there is, and why some are not usable."""
     from mmlong.ops.backends import describe
 
-    # Importing the mixers has imported their ops, and so registered the backends.
-    rows = describe(device)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    table = Table(box=None, pad_edge=False, show_header=True)
+    for heading in ("mixer", "full rows", "padded rows", "one token after others"):
+        table.add_column(heading, overflow="fold")
+    for name in mixers:
+        table.add_row(name, *paths_taken(name, device))
+    console.print(table)
+    # Running the mixers has imported their ops, and so registered the backends.
+    print()
     table = Table(box=None, pad_edge=False, show_header=True)
     for heading in ("op", "backend", "usable", "why", "note"):
         table.add_column(heading, overflow="fold")
-    for row in rows:
+    for row in describe(device):
         table.add_row(row["op"], row["backend"], row["usable"], row["reason"], row["note"])
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    console.print(table)

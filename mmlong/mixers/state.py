@@ -1,6 +1,6 @@
 """State: what the past left behind, a pytree of tensors, and the few things one does with it.
 
-A state is ``None`` ("from the beginning"), a tensor, or tuples, lists and string-keyed dicts of states. One rule makes everything else
+A state is ``None`` ("from the beginning"), a tensor, or tuples (named ones too), lists and string-keyed dicts of states. One rule makes everything else
 easy: **every tensor in a state has the batch as its first axis**, a position counter included. Nothing in a state is a Python
 number, so that it can cross processes, devices and autograd.
 """
@@ -26,7 +26,9 @@ def map_state(fn: Callable[[Tensor], Tensor], state: State) -> State:
     if isinstance(state, dict):
         return {key: map_state(fn, value) for key, value in state.items()}
     if isinstance(state, (tuple, list)):
-        return type(state)(map_state(fn, value) for value in state)
+        values = [map_state(fn, value) for value in state]
+        # A named tuple takes its fields one by one; its type is kept, since the mixer reads it by name.
+        return type(state)(*values) if hasattr(state, "_fields") else type(state)(values)
     raise TypeError(f"a state holds tensors, tuples, lists, dicts and None; found {type(state).__name__}")
 
 

@@ -6,8 +6,9 @@ until it is asked, whether it is there and why not. ``auto`` takes the first tha
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -162,6 +163,27 @@ _OPS: dict[str, Backends] = {}
 def describe(device: str = "cpu") -> list[dict[str, str]]:
     """The backends of every op that has been imported; see :meth:`Backends.describe`."""
     return [row for backends in _OPS.values() for row in backends.describe(device)]
+
+
+@contextlib.contextmanager
+def taken() -> Iterator[list[tuple[str, str]]]:
+    """The ``(op, backend)`` of every choice made inside, in order: for `mmlong doctor`, which runs a mixer and looks.
+
+    It stands in for :meth:`Backends.choose` meanwhile, so that a choice costs nothing more when nobody looks.
+    """
+    found: list[tuple[str, str]] = []
+    choose = Backends.choose
+
+    def noted(self: Backends, request: Request, name: str = "auto", order: Sequence[str] = ()) -> Backend:
+        chosen = choose(self, request, name, order)
+        found.append((self.op, chosen.name))
+        return chosen
+
+    Backends.choose = noted  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        Backends.choose = choose  # type: ignore[method-assign]
 
 
 @lru_cache(maxsize=16)

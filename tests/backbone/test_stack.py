@@ -121,3 +121,9 @@ def test_errors_say_what_to_do() -> None:
         build()(torch.zeros(1, 8, 15).double())
     with pytest.raises(ValueError, match="3 entries, the backbone 2 blocks"):
         build()(torch.zeros(1, 8, 16).double(), (None, None, None))
+
+
+def test_integer_tokens_are_a_clear_error() -> None:
+    for tokens in (torch.zeros(2, 9, dtype=torch.int64), torch.zeros(2, 9, 16, dtype=torch.int64)):
+        with pytest.raises(TypeError, match=r"takes real vectors, got torch.int64: embed codes first"):
+            build()(tokens)

@@ -108,6 +108,14 @@ def test_tables(mmlong: Call) -> None:
     assert status == 0
     for word in ("torch 2", "threads in use", "attention", "xformers"):
         assert word in answer
+    mixers = answer.partition("what each mixer takes")[2].partition("backend")[0]
+    lines = {line.split()[0]: line for line in mixers.splitlines()[2:] if line.strip()}
+    from mmlong.mixers import list_mixers
+
+    assert {*list_mixers(), "op"} == set(lines), "a line a mixer"
+    assert "attention: sdpa" in lines["attention"]
+    assert "attention: tiled" in lines["local"] or "attention: blocks" in lines["local"]
+    assert "attention" not in lines["mamba2"]
     status, answer = mmlong("recipes", "image/*")
     assert (status, "image/cells256 " in answer) == (0, True)
     status, answer = mmlong("fit", "--help")

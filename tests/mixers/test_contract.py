@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -321,6 +321,21 @@ def test_detached_and_moved() -> None:
     assert state_bytes(state) == 24 + 16
     assert state_tensors(None) == []
     assert map_state(torch.neg, None) is None
+
+
+class Window(NamedTuple):
+    keys: Tensor
+    seen: Tensor | None = None
+
+
+def test_named_tuples_stay_what_they_are() -> None:
+    state = (Window(torch.ones(2, 3), torch.tensor([1, 2])), {"w": Window(torch.zeros(2))})
+    doubled = map_state(lambda t: 2 * t, state)
+    assert type(doubled[0]) is Window
+    assert doubled[0].seen.tolist() == [2, 4]
+    assert doubled[1]["w"].seen is None
+    assert same(rebuild_state(state, state_tensors(state)), state)
+    assert select_rows(state, slice(0, 1))[0].keys.shape == (1, 3)
 
 
 @pytest.mark.parametrize("bad", [3, {"seen": 3}, (torch.ones(1), "text")])

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from mmlong.ops.backends import Backend, BackendError, Backends, Request, cuda_package, describe
+from mmlong.ops.backends import Backend, BackendError, Backends, Request, cuda_package, describe, taken
 
 CPU = Request("cpu", torch.float32, "causal")
 
@@ -97,6 +97,16 @@ def test_describe(some: Backends) -> None:
     assert "nowhere" in rows["absent"]["reason"]
     assert "no gradient on cpu" in rows["gpu"]["reason"]
     assert {r["backend"]: r["usable"] for r in describe("mps")}["gpu"] == "no"
+
+
+def test_what_was_taken_is_noted_only_inside(some: Backends) -> None:
+    plain = Backends.choose
+    with pytest.raises(BackendError), taken() as found:
+        some.choose(CPU)
+        some.choose(CPU, "special")
+        some.choose(CPU, "absent")
+    assert found == [("toy", "plain"), ("toy", "special")]
+    assert Backends.choose is plain
 
 
 def test_cuda_package_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
