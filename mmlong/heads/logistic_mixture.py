@@ -50,11 +50,26 @@ class LogisticMixtureHead(Head):
         self.pairs = channels * (channels - 1) // 2
         self.linear = nn.Linear(dim, mixtures * (1 + 2 * channels + self.pairs))
         with torch.no_grad():
-            # Means spread over the range and broad scales: every value has some probability from the first step.
+            # Means spread over the range and broad scales: every value has some probability from the first step. What the features
+            # say comes on top of it, small at first: a mean is a number between -1 and 1.
+            self.linear.weight.mul_(0.05)
             bias = self.linear.bias.view(-1, mixtures)
             bias.zero_()
             bias[1 : 1 + channels] = torch.linspace(-1, 1, mixtures + 2)[1:-1]
             bias[1 + channels : 1 + 2 * channels] = math.log(0.2)
+
+    @torch.no_grad()
+    def centre(self) -> None:
+        """Begin for means that are moved by a good guess: all at it, narrow to broad."""
+        bias = self.linear.bias.view(-1, self.mixtures)
+        bias[1 : 1 + self.channels] = 0
+        bias[1 + self.channels : 1 + 2 * self.channels] = torch.linspace(math.log(0.01), math.log(0.3), self.mixtures)
+
+    def move(self, prediction: Tensor, by: Tensor) -> Tensor:
+        """The prediction with every mean moved by ``by (B, L, C)``; channel by channel, so that ``by`` needs no knowledge of the others."""
+        parts = prediction.unflatten(-1, (-1, self.mixtures))
+        moved = parts[..., 1 : 1 + self.channels, :] + by.to(parts.dtype)[..., None]
+        return torch.cat([parts[..., :1, :], moved, parts[..., 1 + self.channels :, :]], -2).flatten(-2)
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
         """``(B, L, D)`` to parameters ``(B, L, (1 + 2 C + C (C - 1) / 2) K)``."""

@@ -9,7 +9,8 @@ have passed; that is all that generation needs:
     prediction, state = model.peek(state)        the distribution of the next token
     state = model.put(state, token)              take it (or any other) as the next token
 
-The head predicts one token at every position: ``categorical`` for codes, ``logistic_mixture`` for real values.
+The head predicts one token at every position: ``categorical`` for codes, ``logistic_mixture`` for real values, whose means may start from a learned linear
+prediction (:mod:`mmlong.models.linear_prediction`).
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmlong.heads import LogisticMixtureHead
 from mmlong.layout import Layout, document_index
 from mmlong.mixers import State, require_streaming
+from mmlong.models.linear_prediction import LinearPrediction
 from mmlong.models.model import Config, Model, register_kind
 
 
@@ -30,11 +33,14 @@ class AutoregressiveModel(Model):
 
     Args:
         config: see :class:`mmlong.models.Model`; the backbone causal, the head one that predicts every token. ``head`` may be left out: ``categorical`` for a
-            modality of codes, else ``logistic_mixture``, with the modality's numbers.
+            modality of codes, else ``logistic_mixture``, with the modality's numbers. ``linear_prediction``, a list of offsets, moves the means of a mixture by a
+            linear function of the tokens that far back.
 
     Raises:
-        ValueError: the backbone does not stream, the head predicts no tokens, or the modality's tokens have no probability.
+        ValueError: the backbone does not stream, the head predicts no tokens, the modality's tokens have no probability, or linear prediction of codes.
     """
+
+    own_parts = ("linear_prediction",)
 
     def __init__(self, config: Config) -> None:
         config = {"head": {}, **config, "kind": "autoregressive"}
@@ -45,6 +51,14 @@ class AutoregressiveModel(Model):
                 f"an autoregressive model predicts every token; head {self.config['head']['name']!r} predicts one thing a sequence"
             )
         self.start = nn.Parameter(torch.randn(self.backbone.dim_in) * 0.02)
+        self.linear: LinearPrediction | None = None
+        if offsets := self.config.get("linear_prediction"):
+            if not isinstance(self.head, LogisticMixtureHead):
+                raise ValueError(
+                    "linear_prediction moves the means of head logistic_mixture; codes have no order to predict along"
+                )
+            self.linear = LinearPrediction(self.modality.channels, offsets)
+            self.head.centre()
 
     def complete_head(self, head: dict[str, Any]) -> dict[str, Any]:
         """The head's options with what the modality fixes."""
@@ -64,7 +78,10 @@ class AutoregressiveModel(Model):
     def forward_features(
         self, tokens: Tensor, state: State = None, layout: Layout | None = None
     ) -> tuple[Tensor, State]:
-        """Tokens ``(B, L, ...)`` to the features ``(B, L, D)`` that predict each of them, and the state after them."""
+        """Tokens ``(B, L, ...)`` to the features ``(B, L, D)`` that predict each of them, and the state after them.
+
+        Features know nothing of a linear prediction; :meth:`forward` adds it.
+        """
         batch, length = tokens.shape[:2]
         values = self.modality.values(tokens)
         start = self.start.to(values.dtype).expand(batch, 1, -1)
@@ -89,7 +106,35 @@ class AutoregressiveModel(Model):
             passed = torch.where(valid > 0, index[rows, (valid - 1).clamp_min(0)] + 1, passed)
         else:
             passed = passed + valid
-        return x, {"backbone": inner, "last": line[rows, valid].unsqueeze(1), "passed": passed}
+        after = {"backbone": inner, "last": line[rows, valid].unsqueeze(1), "passed": passed}
+        if self.linear is not None:
+            kept = valid[:, None] + torch.arange(self.linear.reach, device=tokens.device)
+            whole = torch.cat([self._tail(state, tokens), tokens], 1)
+            after["tokens"] = whole.gather(1, kept[..., None].expand(-1, -1, whole.shape[-1]))
+        return x, after
+
+    def _tail(self, state: State, like: Tensor) -> Tensor:
+        """The tokens before this piece that a linear prediction needs: ``(B, reach, C)``."""
+        assert self.linear is not None
+        if state is None:
+            return like.new_zeros(like.shape[0], self.linear.reach, like.shape[2])
+        return state["tokens"].to(like.dtype)
+
+    def forward(self, tokens: Tensor, state: State = None, layout: Layout | None = None) -> tuple[Tensor, State]:
+        """Tokens to the distribution of each of them, and the state after them."""
+        x, after = self.forward_features(tokens, state, layout)
+        prediction = self.forward_head(x, layout)
+        if self.linear is not None:
+            batch, length = tokens.shape[:2]
+            passed = torch.zeros(batch, dtype=torch.int64, device=tokens.device) if state is None else state["passed"]
+            before = torch.cat([self._tail(state, tokens), tokens[:, :-1]], 1)
+            prediction = self._moved(prediction, before, length, document_index(passed, length, layout))
+        return prediction, after
+
+    def _moved(self, prediction: Tensor, before: Tensor, length: int, index: Tensor) -> Tensor:
+        assert self.linear is not None
+        assert isinstance(self.head, LogisticMixtureHead)
+        return self.head.move(prediction, self.linear(before, length, index))
 
     # generation
 
@@ -97,7 +142,10 @@ class AutoregressiveModel(Model):
         """The state before the first token of ``batch`` rows."""
         start = self.start.detach()
         passed = torch.zeros(batch, dtype=torch.int64, device=start.device)
-        return {"backbone": None, "last": start.expand(batch, 1, -1), "passed": passed}
+        state = {"backbone": None, "last": start.expand(batch, 1, -1), "passed": passed}
+        if self.linear is not None:
+            state["tokens"] = start.new_zeros(batch, self.linear.reach, self.modality.channels)
+        return state
 
     def peek(self, state: State) -> tuple[Tensor, State]:
         """What the next token may be.
@@ -111,8 +159,14 @@ class AutoregressiveModel(Model):
         places = self.modality.places(state["passed"][:, None], 1)
         x = state["last"] if places is None else state["last"] + places
         y, inner = self.backbone(x, state["backbone"], None)
-        return self.forward_head(y), {**state, "backbone": inner}
+        prediction = self.forward_head(y)
+        if self.linear is not None:
+            prediction = self._moved(prediction, state["tokens"], 1, state["passed"][:, None])
+        return prediction, {**state, "backbone": inner}
 
     def put(self, state: State, token: Tensor) -> State:
         """The state after ``token (B, 1, ...)``, for the state that :meth:`peek` gave."""
-        return {**state, "last": self.modality.values(token), "passed": state["passed"] + 1}
+        after = {**state, "last": self.modality.values(token), "passed": state["passed"] + 1}
+        if self.linear is not None:
+            after["tokens"] = torch.cat([state["tokens"][:, 1:], token], 1)
+        return after

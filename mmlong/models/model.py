@@ -35,13 +35,17 @@ class Model(nn.Module):
         num_features: width of the features before the head.
     """
 
+    own_parts: tuple[str, ...] = ()
+    """Further keys that the configuration of this kind may have."""
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         parts = ("modality", "backbone", "head")
+        known = (*parts, *self.own_parts)
         for key in config:
-            if key not in (*parts, "kind"):
+            if key not in (*known, "kind"):
                 raise TypeError(
-                    f"a model configuration has no part {key!r}{nearest(key, parts)}; it has: {', '.join(parts)}"
+                    f"a model configuration has no part {key!r}{nearest(key, known)}; it has: {', '.join(known)}"
                 )
         if missing := [key for key in parts if key not in config]:
             raise ValueError(f"the model configuration lacks {', '.join(missing)}")

@@ -30,6 +30,7 @@ class AutoregressTask(Task):
     Args:
         modality, backbone, optim, compile, data_info, backbone_from, freeze_backbone: see :class:`mmlong.tasks.base.Task`. The backbone's direction is ``causal``.
         head: ``{name: ..., option: ...}``; left out, ``categorical`` for codes and ``logistic_mixture`` for numbers.
+        linear_prediction: offsets of tokens that move the means of a mixture linearly; see :mod:`mmlong.models.linear_prediction`.
         segment: tokens in a piece of a training or evaluation step; null: the whole row at once.
         samples: how many samples a test draws from the model and leaves in the run folder; 0: none.
         sample_length: tokens in each (a modality of one fixed size knows its own).
@@ -44,6 +45,7 @@ class AutoregressTask(Task):
         head: dict[str, Any] | None = None,
         optim: OptimConfig | None = None,
         compile: bool = False,
+        linear_prediction: list[int] | None = None,
         segment: int | None = None,
         samples: int = 4,
         sample_length: int = 1024,

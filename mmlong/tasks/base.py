@@ -41,6 +41,7 @@ class Task(pl.LightningModule):
         backbone_from: begin training with the backbone of another run, of any modality: a run folder, a saved model's folder or a file of weights; see
             :mod:`mmlong.training.transfer`. A run that goes on from a checkpoint has its own weights and does not look.
         freeze_backbone: leave the backbone as it is: for so many steps of training, or (true) throughout.
+        model_parts: what else the objective's kind of model has in its configuration.
     """
 
     kind = "plain"
@@ -56,6 +57,7 @@ class Task(pl.LightningModule):
         data_info: dict[str, Any] | None = None,
         backbone_from: str | None = None,
         freeze_backbone: bool | int = False,
+        model_parts: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if freeze_backbone < 0:
@@ -72,6 +74,7 @@ class Task(pl.LightningModule):
                 "modality": {**info.get("modality", {}), **modality},
                 "backbone": dict(vars(backbone)),
                 "head": {**({"num_classes": info["num_classes"]} if "num_classes" in info else {}), **head},
+                **(model_parts or {}),
             }
         )
         self.class_names = list(info.get("class_names", []))

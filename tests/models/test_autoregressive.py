@@ -164,6 +164,59 @@ def test_images_of_real_values() -> None:
         generate(module, 16, half)
 
 
+@pytest.mark.parametrize("offsets", [[1], [1, 6, 7, 5]])
+def test_linear_prediction_moves_the_means(offsets: list[int]) -> None:
+    torch.manual_seed(0)
+    config = {
+        "kind": "autoregressive", "modality": {"name": "image", "size": [5, 6], "channels": 3, "order": "raster"},
+        "backbone": {"dim": 8, "depth": 1}, "linear_prediction": offsets,
+    }  # fmt: skip
+    module = build_model(config).double().eval()
+    assert isinstance(module, AutoregressiveModel)
+    torch.nn.init.normal_(module.linear.weight, std=0.3)
+    tokens = generate(module, 30, batch=2)
+    with torch.no_grad():
+        whole, final = module(tokens)
+        # The definition: the means move by a sum over earlier tokens of the same picture.
+        plain = module.forward_head(module.forward_features(tokens)[0])
+        moved = torch.zeros_like(tokens)
+        for t in range(30):
+            for offset, weight in zip(offsets, module.linear.weight, strict=True):
+                if t >= offset:
+                    moved[:, t] += tokens[:, t - offset] @ weight.T
+        k = module.head.mixtures
+        wanted = plain.clone()
+        wanted[..., k : 4 * k] += moved.repeat_interleave(k, -1)
+        torch.testing.assert_close(whole, wanted)
+        first, state = module(tokens[:, :4])
+        rest, state = module(tokens[:, 4:], state)
+        torch.testing.assert_close(torch.cat([first, rest], 1), whole)
+        torch.testing.assert_close(state["tokens"], final["tokens"])
+        # One at a time, as generation goes.
+        state, one = module.begin(2), []
+        for t in range(30):
+            prediction, state = module.peek(state)
+            state = module.put(state, tokens[:, t : t + 1])
+            one.append(prediction)
+        torch.testing.assert_close(torch.cat(one, 1), whole)
+        # A second picture behind the first knows nothing of it.
+        resets = torch.zeros(2, 60, dtype=torch.bool)
+        resets[:, 30] = True
+        both, _ = module(torch.cat([tokens.flip(0), tokens], 1), None, Layout(resets=resets))
+        torch.testing.assert_close(both[:, 30:], whole)
+
+
+def test_linear_prediction_is_for_numbers() -> None:
+    config = {"kind": "autoregressive", "modality": {"name": "test_codes"}, "backbone": {"dim": 8, "depth": 1}}
+    with pytest.raises(ValueError, match="codes have no order"):
+        build_model({**config, "linear_prediction": [1]})
+    image = {"name": "image", "size": [5, 6], "order": "raster"}
+    with pytest.raises(ValueError, match="at least 1, none twice"):
+        build_model({**config, "modality": image, "linear_prediction": [1, 1]})
+    with pytest.raises(TypeError, match="no part 'linear_predicton'.*did you mean 'linear_prediction'"):
+        build_model({**config, "linear_predicton": [1]})
+
+
 def test_saved_and_loaded(tmp_path: Any) -> None:
     module = model()
     save_model(module, tmp_path)
