@@ -24,7 +24,7 @@ class MaskedModel(Model):
 
     Args:
         config: see :class:`mmlong.models.Model`; the backbone sees both sides and keeps every token, the head predicts every token. ``head`` may be left out:
-            ``categorical`` for a modality of codes, else ``regress``, with the modality's numbers.
+            ``categorical`` for a modality of codes, else ``regress_tokens``, with the modality's numbers.
 
     Raises:
         ValueError: the backbone is causal or pools, or the head predicts one thing a sequence.
@@ -55,7 +55,7 @@ class MaskedModel(Model):
         if modality.codes is not None:
             known: dict[str, Any] = {"name": "categorical", "num_classes": modality.codes}
         else:
-            known = {"name": "regress", "num_outputs": modality.channels, "per_token": True}
+            known = {"name": "regress_tokens", "num_classes": modality.channels}
         # Data that has classes says so to every model; here a class is a code.
         given = {key: value for key, value in head.items() if key != "num_classes"}
         return {**known, **given} if given.get("name", known["name"]) == known["name"] else given

@@ -5,5 +5,20 @@ from __future__ import annotations
 from mmlong.tasks.autoregress import AutoregressTask
 from mmlong.tasks.base import ArchitectureMismatchError, Task
 from mmlong.tasks.classify import ClassifyTask
+from mmlong.tasks.masked import MaskedTask
+from mmlong.tasks.masking import Masking
+from mmlong.tasks.multilabel import MultiLabelTask
+from mmlong.tasks.regress import RegressTask
+from mmlong.tasks.tag import TagTask
 
-__all__ = ["ArchitectureMismatchError", "AutoregressTask", "ClassifyTask", "Task"]
+__all__ = [
+    "ArchitectureMismatchError",
+    "AutoregressTask",
+    "ClassifyTask",
+    "MaskedTask",
+    "Masking",
+    "MultiLabelTask",
+    "RegressTask",
+    "TagTask",
+    "Task",
+]

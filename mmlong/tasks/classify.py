@@ -82,6 +82,10 @@ class ClassifyTask(LabelledTask):
         share = counts.to(prediction) if weights is None else counts.to(prediction) * weights[target]
         return torch.where(counts, each, 0).sum() / share.sum().clamp_min(torch.finfo(prediction.dtype).tiny)
 
+    def measure(self, metrics: MetricCollection, prediction: Tensor, target: Tensor) -> None:
+        """Count chances, not logits: torchmetrics takes logits that happen to lie between 0 and 1 for chances."""
+        metrics.update(prediction.softmax(-1), target)
+
     def training_measures(self, prediction: Tensor, target: Tensor, counts: Tensor) -> dict[str, Tensor]:
         """The step's accuracy."""
         return {"accuracy": ((prediction.argmax(-1) == target) & counts).sum() / counts.sum().clamp_min(1)}
