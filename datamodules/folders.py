@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from .listing import Row, labelled_files
+from .listing import Row, class_numbers, labelled_files, list_files
 from .pixels import SUFFIXES, open_image
 from .sources import ImageSource, Item
 
@@ -20,14 +20,19 @@ def folder_source(folder: str | Path, labels: str | Path | None = None, licence:
         labels: the table, if the folders are not the classes.
         licence: to be shown with the dataset.
 
+    Returns:
+        The source; rows of a table that could not be taken are its faults.
+
     Raises:
-        DataError: no images, an image without a label, a label without an image, a row that cannot be read.
+        DataError: no images, or an image beside the class folders.
     """
-    rows, classes = labelled_files(folder, labels, SUFFIXES, "images")
+    listing = list_files(folder, labels, SUFFIXES, "images")
     folder = Path(folder)
-    number = {name: place for place, name in enumerate(classes)}
+    number = class_numbers(listing.files, labels or folder)
     items = [
         Item(row.file.relative_to(folder).as_posix(), {"label": number[row.label]}, partial(open_image, row.file), row.extra, row.split)
-        for row in rows
+        for row in listing.files
     ]  # fmt: skip
-    return ImageSource(folder.resolve().name, str(folder), licence, {"label": classes}, "label", items)
+    return ImageSource(
+        folder.resolve().name, str(folder), licence, {"label": tuple(number)}, "label", items, listing.faults
+    )

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .errors import BadSampleError, PackError
+from .errors import BadSampleError, DataError, PackError, Skipped
 from .packed import PackedDataset
 from .pixels import DECODE_ERRORS, FITS, GREY_MODES, encode_png, fit_image, to_pixels
 from .shards import DatasetWriter
@@ -30,6 +30,7 @@ def pack_images(
     seed: int = 0,
     shard_bytes: int = 32 << 20,
     overwrite: bool = False,
+    on_bad: str = "stop",
     progress: Progress | None = None,
 ) -> PackedDataset:
     """Pack a source of images into ``out``.
@@ -43,6 +44,8 @@ def pack_images(
         splits: see `split_items`; a tenth each for ``val`` and ``test`` if not given.
         seed: of the splits and of the order in shards.
         shard_bytes, overwrite: see `DatasetWriter`.
+        on_bad: an image that cannot be listed or decoded: ``"stop"`` with its error, or ``"skip"`` it: it is named in the log,
+            and counted and named in ``dataset.json``.
         progress: called with (done, in all).
 
     Returns:
@@ -58,31 +61,41 @@ def pack_images(
         raise ValueError(f"fit is {fit!r}; it can be {', '.join(FITS)}")
     if channels not in (None, 1, 3):
         raise ValueError(f"channels is {channels}; it can be 1 (grey) or 3 (RGB)")
+    skipped = Skipped(on_bad)
+    skipped.met(source.faults)
     if not source.items:
         raise PackError(out, f"no images in {source.source}")
     check_items(source.source, source.items, source.labels)
     if size is None or channels is None:
-        found_size, found_channels = _survey(source.items, size is not None)
+        found_size, found_channels = _survey(source.items, size is not None, skipped.stops)
         size, channels = size or found_size, channels or found_channels
     height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1:
         raise ValueError(f"size is {size}; it must be at least 1")
     parts = split_items(source.items, DEFAULT_SPLITS if splits is None else splits, seed)
     if not parts.get("train"):
-        raise PackError(out, "nothing is left for training; ask for smaller splits")
-    about = _about(source, parts, height, width, channels, fit, seed)
+        raise PackError(out, skipped.nothing_left())
+    about = _about(source, height, width, channels, fit, seed)
+    packed: dict[str, list[Item]] = {split: [] for split in parts}
     total = sum(len(part) for part in parts.values())
     jobs = ((split, item) for split, part in parts.items() for item in part)
     with DatasetWriter(out, about, shard_bytes, overwrite) as writer:
         for done, (split, item, png) in enumerate(_encoded(jobs, height, width, channels, fit)):
-            writer.add(split, f"{done:06d}", {"png": png, "json": sample_json(item, source.labels)}, item.labels)
+            if isinstance(png, DataError):
+                skipped.met([png])
+            else:
+                writer.add(split, f"{done:06d}", {"png": png, "json": sample_json(item, source.labels)}, item.labels)
+                packed[split].append(item)
             if progress is not None:
                 progress(done + 1, total)
+        if not packed["train"]:
+            raise PackError(out, skipped.nothing_left())
+        writer.about |= {"counts": class_counts(packed, source.labels), **skipped.about()}
     return PackedDataset(out)
 
 
-def _survey(items: Sequence[Item], any_size: bool) -> tuple[tuple[int, int], int]:
-    """(height, width) and channels of images that must agree, from their headers alone."""
+def _survey(items: Sequence[Item], any_size: bool, stops: bool) -> tuple[tuple[int, int], int]:
+    """(height, width) and channels of images that must agree, from their headers alone; images that have none are met again."""
     first: tuple[tuple[int, int], str] | None = None
     grey = True
     for item in items:
@@ -90,6 +103,8 @@ def _survey(items: Sequence[Item], any_size: bool) -> tuple[tuple[int, int], int
             with item.open() as image:
                 shape, mode = (image.height, image.width), image.mode
         except DECODE_ERRORS as error:
+            if not stops:
+                continue
             raise BadSampleError(item.name, f"cannot be opened as an image: {error}") from error
         grey &= mode in GREY_MODES
         first = first or (shape, item.name)
@@ -99,35 +114,37 @@ def _survey(items: Sequence[Item], any_size: bool) -> tuple[tuple[int, int], int
                 "give a --size to resize all of them to"
             )  # fmt: skip
     if first is None:
-        raise ValueError("no items")
+        raise BadSampleError(items[0].name, "cannot be opened as an image, and neither can any other")
     return first[0], 1 if grey else 3
 
 
 def _about(
-    source: ImageSource, parts: Mapping[str, Sequence[Item]], height: int, width: int, channels: int, fit: str, seed: int
+    source: ImageSource, height: int, width: int, channels: int, fit: str, seed: int
 ) -> dict[str, Any]:  # fmt: skip
     return {
         "name": source.name, "modality": "image", "source": source.source, "licence": source.licence,
         "default_label": source.default_label, "labels": {field: list(names) for field, names in source.labels.items()},
-        "counts": class_counts(parts, source.labels), "seed": seed,
+        "seed": seed,
         "image": {"channels": channels, "height": height, "width": width, "fit": fit, "filter": "bicubic, antialiased"},
     }  # fmt: skip
 
 
-def _encode(item: Item, height: int, width: int, channels: int, fit: str) -> bytes:
+def _encode(item: Item, height: int, width: int, channels: int, fit: str) -> bytes | DataError:
     try:
         image = item.open()
+        return encode_png(fit_image(to_pixels(image, channels, item.name), height, width, fit))
+    except DataError as error:
+        return error
     except DECODE_ERRORS as error:
-        raise BadSampleError(item.name, f"cannot be opened as an image: {error}") from error
-    return encode_png(fit_image(to_pixels(image, channels, item.name), height, width, fit))
+        return BadSampleError(item.name, f"cannot be opened as an image: {error}")
 
 
 def _encoded(
     jobs: Iterable[tuple[str, Item]], height: int, width: int, channels: int, fit: str
-) -> Iterator[tuple[str, Item, bytes]]:  # fmt: skip
-    """Images as PNG bytes, in order, encoded by a few threads (Pillow lets go of the interpreter while it works)."""
+) -> Iterator[tuple[str, Item, bytes | DataError]]:  # fmt: skip
+    """Images as PNG bytes, or what is wrong with them, in order, encoded by a few threads (Pillow lets go of the interpreter while it works)."""
     threads = min(8, os.cpu_count() or 1)
-    waiting: deque[tuple[str, Item, Future[bytes]]] = deque()
+    waiting: deque[tuple[str, Item, Future[bytes | DataError]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for split, item in jobs:

@@ -6,20 +6,17 @@ length. The length stands in the index too, so that windows can be laid without 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import ON_BAD, BadSampleError, DataError, PackError
+from .errors import BadSampleError, DataError, PackError, Skipped
 from .known import find_source, known_sequences
 from .pack import Progress
 from .packed import PackedDataset
 from .records import Record, SequenceSource
 from .shards import DatasetWriter
 from .splits import DEFAULT_SPLITS, check_items, class_counts, sample_json, split_items
-
-log = logging.getLogger(__name__)
 
 
 def pack_sequences(
@@ -53,13 +50,8 @@ def pack_sequences(
         PackError: there is nothing to pack, or it cannot be written.
         ValueError: an argument makes no sense.
     """
-    if on_bad not in ON_BAD:
-        raise ValueError(f"on_bad is {on_bad!r}; it can be {' or '.join(ON_BAD)}")
-    if on_bad == "stop" and source.faults:
-        raise source.faults[0]
-    skipped: list[str] = []
-    for fault in source.faults:
-        _skip(fault, skipped)
+    skipped = Skipped(on_bad)
+    skipped.met(source.faults)
     if not source.records:
         raise PackError(out, f"no documents in {source.source}")
     check_items(source.source, source.records, source.labels)
@@ -78,9 +70,7 @@ def pack_sequences(
             try:
                 data, length = _read(source, record)
             except DataError as error:
-                if on_bad == "stop":
-                    raise
-                _skip(error, skipped)
+                skipped.met([error])
             else:
                 numbers = {"length": length}
                 members = {source.extension: data, "json": sample_json(record, source.labels, numbers)}
@@ -90,11 +80,8 @@ def pack_sequences(
             if progress is not None:
                 progress(done + 1, total)
         if not packed.get("train"):
-            raise PackError(out, "nothing is left for training; ask for smaller splits" if not skipped else
-                            f"nothing is left for training; {len(skipped)} documents were skipped, first {skipped[0]}")  # fmt: skip
-        writer.about |= {"counts": class_counts(packed, source.labels), "tokens": tokens, "skipped": len(skipped)}
-        if skipped:
-            writer.about["skipped_documents"] = skipped
+            raise PackError(out, skipped.nothing_left())
+        writer.about |= {"counts": class_counts(packed, source.labels), "tokens": tokens, **skipped.about()}
     return PackedDataset(out)
 
 
@@ -104,11 +91,6 @@ def pack_known_sequences(
     """Pack a known source with its own splits. ``given`` and ``root``: see `find_source`; options as in `pack_sequences`."""
     known = known_sequences(name)
     return pack_sequences(known.load(find_source(known, given, root)), out, **{"splits": known.splits, **options})
-
-
-def _skip(fault: DataError, skipped: list[str]) -> None:
-    skipped.append(str(fault))
-    log.warning("skipped a bad document (%d so far): %s", len(skipped), fault)
 
 
 def _in_order(parts: Mapping[str, list[Record]]) -> Iterator[tuple[str, Record]]:

@@ -1,52 +1,64 @@
-"""``mmlong pack``: make, and prove, packed datasets. A thin face over `mmlong.datamodules`."""
+"""``mmlong pack``: make, and prove, packed datasets. A thin face over `mmlong.datamodules`; what can be packed is in `mmlong.cli.pack_kinds`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mmlong.cli.pack_kinds import KINDS, add_options, misplaced, option
+
+if TYPE_CHECKING:
+    from mmlong.datamodules.packed import PackedDataset
+    from mmlong.datamodules.records import SequenceSource
+    from mmlong.datamodules.sources import ImageSource
 
 EPILOG = """\
 examples:
   mmlong pack image photos/ packed/ --size 256        one sub-folder of photos/ a class
-  mmlong pack image photos/ packed/ --labels t.csv    a table of file,label[,split]
-  mmlong pack elpv packed/                            2,624 solar cells, 256 x 256 (pip install "mmlong[data]")
-  mmlong pack mnist5k packed/                         5,000 digits, 28 x 28
+  mmlong pack image photos/ packed/ --labels t.csv    a table (CSV or JSONL) of file,label[,split]
+  mmlong pack text notes/ packed/ --unlabelled        every file a document, whatever it holds
+  mmlong pack jsonl posts.jsonl packed/ --field body  every line a document
+  mmlong pack stdlib packed/                          a known source: its own splits, source and licence
+  mmlong pack elpv packed/                            another: 2,624 solar cells (pip install "mmlong[data]")
   mmlong pack torchvision:CIFAR10 packed/ --root DIR  any torchvision dataset class of images and class numbers
   mmlong pack --verify packed/                        read every byte, name what is not whole
 """
 
 
-def add_pack_parser(parser: argparse.ArgumentParser) -> None:
-    """Give ``parser`` the arguments of ``mmlong pack``."""
-    parser.description = "Pack images into tar shards with an index, or verify a packed dataset."
+def add_pack_parser(parser: argparse.ArgumentParser) -> Mapping[str, list[argparse.Action]]:
+    """Give ``parser`` the arguments of ``mmlong pack``; by modality, which options are its own."""
+    parser.description = "Pack data into tar shards with an index, or verify a packed dataset."
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("kind", nargs="?", metavar="KIND", help="image, elpv, mnist5k or torchvision:NAME")
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="[IN] OUT")
+    kinds = "; ".join(f"{name}: {kind.help}" for name, kind in KINDS.items())
+    parser.add_argument(
+        "kind", nargs="?", metavar="KIND", help=f"what IN is ({kinds}); or a known source; or torchvision:NAME"
+    )
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="IN OUT, of a KIND; OUT, of a known source")
     parser.add_argument("--verify", metavar="OUT", help="verify this packed dataset instead of packing")
     parser.add_argument(
-        "--size", type=_size, help="resize to SIDE or HEIGHTxWIDTH (default: as it is, if all are equal)"
+        "--labels",
+        metavar="TABLE",
+        help="CSV or JSONL of file,label[,split], for a folder whose sub-folders are not the classes",
     )
-    parser.add_argument("--fit", choices=("crop", "pad", "stretch"), default="crop", help="where the shape differs")
-    channels = parser.add_mutually_exclusive_group()
-    channels.add_argument("--grey", action="store_const", const=1, dest="channels", help="store grey")
-    channels.add_argument("--rgb", action="store_const", const=3, dest="channels", help="store RGB")
-    parser.add_argument("--labels", metavar="CSV", help="table of file,label[,split] (kind image)")
-    parser.add_argument("--licence", default="not stated", help="licence to record (kind image)")
+    parser.add_argument(
+        "--unlabelled", action="store_true", help="sub-folders are not classes; files have no labels (not of images)"
+    )
+    parser.add_argument("--licence", default="not stated", help="licence to record, of data of your own")
     parser.add_argument("--split", action="append", type=_split, metavar="NAME=N", default=[],
                         help="samples (N >= 1) or share (N < 1) of a split; train takes the rest (default val=0.1, test=0.1)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="decides the splits and the order (default 0)")
     parser.add_argument("--shard-size", type=_bytes, default=32 << 20, metavar="BYTES", help="e.g. 32M (default), 1G")
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset that is already there")
+    parser.add_argument("--on-bad", choices=("stop", "skip"), default="stop",
+                        help="a sample that cannot be read: stop (default), or leave it out, name and count it")  # fmt: skip
+    parser.add_argument("--source", metavar="PATH", help="files of a known source that comes in no package")
     parser.add_argument("--root", default=".", metavar="DIR", help="where torchvision's files are")
-    parser.add_argument("--option", action="append", type=_option, metavar="KEY=VALUE", default=[],
+    parser.add_argument("--option", action="append", type=option, metavar="KEY=VALUE", default=[],
                         help="further argument of the torchvision class, e.g. download=true")  # fmt: skip
-
-
-def _size(text: str) -> tuple[int, int]:
-    height, _, width = text.lower().partition("x")
-    return int(height), int(width or height)
+    return add_options(parser)
 
 
 def _bytes(text: str) -> int:
@@ -61,18 +73,6 @@ def _split(text: str) -> tuple[str, float]:
     return name, float(amount)
 
 
-def _option(text: str) -> tuple[str, Any]:
-    import json
-
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not like key=value")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value
-
-
 def run_pack(argv: list[str]) -> int:
     """Run ``mmlong pack`` with these arguments.
 
@@ -80,18 +80,28 @@ def run_pack(argv: list[str]) -> int:
         0 if all is well; 1 if something is wrong with the data, which is said on stderr; 2 for a wrong command.
     """
     parser = argparse.ArgumentParser(prog="mmlong pack")
-    add_pack_parser(parser)
+    options = add_pack_parser(parser)
     args = parser.parse_args(argv)
     if (args.verify is None) == (args.kind is None):
         parser.error("give either KIND [IN] OUT or --verify OUT")
-    wanted = 2 if args.kind == "image" else 1
+    wanted = 2 if args.kind in KINDS else 1
     if args.kind is not None and len(args.paths) != wanted:
         parser.error(f"{args.kind} takes {'IN and OUT' if wanted == 2 else 'OUT'}, not {len(args.paths)} paths")
 
     from mmlong.datamodules.errors import DataError
 
     try:
-        return _verify(args.verify) if args.verify is not None else _pack(args, parser)
+        if args.verify is not None:
+            return _verify(args.verify)
+        if (modality := _modality(args.kind)) is None:
+            from mmlong.datamodules.known import MODULES
+            from mmlong.datamodules.sources import KNOWN
+
+            known = ", ".join((*KINDS, *KNOWN, *MODULES))
+            parser.error(f"unknown KIND {args.kind!r}; it can be {known} or torchvision:NAME")
+        if fault := misplaced(args, options, modality):
+            parser.error(fault)
+        return _pack(args)
     except (DataError, ValueError) as error:
         print(f"mmlong pack: {error}", file=sys.stderr)
         return 1
@@ -115,39 +125,69 @@ def _verify(folder: str) -> int:
     return 0
 
 
-def _pack(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from mmlong.datamodules.folders import folder_source
-    from mmlong.datamodules.pack import pack_images
-    from mmlong.datamodules.progress import packing
+def _modality(kind: str) -> str | None:
+    from mmlong.datamodules.known import MODULES, known_sequences
+    from mmlong.datamodules.sources import KNOWN
+
+    if kind in KINDS:
+        return KINDS[kind].modality
+    if kind in MODULES:
+        return known_sequences(kind).modality
+    return "image" if kind in KNOWN or kind.startswith("torchvision:") else None
+
+
+def _source(args: argparse.Namespace) -> tuple[ImageSource | SequenceSource, dict[str, Any]]:
+    """The source, and what a known one fixes of the way it is packed."""
+    from mmlong.datamodules.known import MODULES, find_source, known_sequences
     from mmlong.datamodules.sources import KNOWN, torchvision_source
 
+    if args.kind in KINDS:
+        return KINDS[args.kind].source(args), {}
+    if args.kind in MODULES:
+        known = known_sequences(args.kind)
+        return known.load(find_source(known, args.source)), {"splits": known.splits}
+    if args.kind in KNOWN:
+        image = KNOWN[args.kind]
+        return image.load(), {"size": image.size, "channels": image.channels, "splits": image.splits}
+    return torchvision_source(args.kind.partition(":")[2], args.root, dict(args.option)), {}
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from mmlong.datamodules.pack import pack_images
+    from mmlong.datamodules.pack_sequences import pack_sequences
+    from mmlong.datamodules.progress import packing
+    from mmlong.datamodules.sources import ImageSource
+
     out = args.paths[-1]
-    size, channels, splits = args.size, args.channels, dict(args.split) or None
-    if args.kind == "image":
-        source = folder_source(args.paths[0], args.labels, args.licence)
-    elif args.kind in KNOWN:
-        known = KNOWN[args.kind]
-        size, channels, splits = (
-            size or (known.size, known.size),
-            channels or known.channels,
-            splits or dict(known.splits),
-        )
-        source = known.load()
-    elif args.kind.startswith("torchvision:"):
-        source = torchvision_source(args.kind.partition(":")[2], args.root, dict(args.option))
-    else:
-        parser.error(f"unknown KIND {args.kind!r}; it can be image, {', '.join(KNOWN)} or torchvision:NAME")
-    print(f"{source.name}: {len(source.items):,} images; {source.source}\n  licence: {source.licence}")
+    source, fixed = _source(args)
+    count = len(source.items) if isinstance(source, ImageSource) else len(source.records)
+    what = "images" if isinstance(source, ImageSource) else "documents"
+    print(f"{source.name}: {count:,} {what}; {source.source}\n  licence: {source.licence}")
+    shared: dict[str, Any] = {
+        "splits": dict(args.split) or fixed.pop("splits", None), "seed": args.seed, "shard_bytes": args.shard_size,
+        "overwrite": args.overwrite, "on_bad": args.on_bad,
+    }  # fmt: skip
     with packing(f"packing into {out}") as progress:
-        dataset = pack_images(
-            source, out, size=size, channels=channels, fit=args.fit, splits=splits, seed=args.seed,
-            shard_bytes=args.shard_size, overwrite=args.overwrite, progress=progress,
-        )  # fmt: skip
-    image, splits_made = dataset.manifest["image"], dataset.manifest["splits"]
-    counts = ", ".join(f"{name} {split['samples']:,}" for name, split in splits_made.items())
-    kind = "grey" if image["channels"] == 1 else "RGB"
-    print(f"{out}: {image['height']}x{image['width']} {kind}; {counts}")
-    for field, names in dataset.manifest["labels"].items():
+        if isinstance(source, ImageSource):
+            size, channels = args.size or fixed.get("size"), args.channels or fixed.get("channels")
+            dataset = pack_images(source, out, size=size, channels=channels, fit=args.fit, progress=progress, **shared)
+        else:
+            dataset = pack_sequences(source, out, progress=progress, **shared)
+    _report(out, dataset)
+    return 0
+
+
+def _report(out: str, dataset: PackedDataset) -> None:
+    manifest = dataset.manifest
+    counts = ", ".join(f"{name} {split['samples']:,}" for name, split in manifest["splits"].items())
+    if "image" in manifest:
+        image = manifest["image"]
+        held = f"{image['height']}x{image['width']} {'grey' if image['channels'] == 1 else 'RGB'}"
+    else:
+        held = f"{manifest['modality']}, {sum(manifest['tokens'].values()):,} tokens"
+    print(f"{out}: {held}; {counts}")
+    if manifest["skipped"]:
+        print(f"  skipped: {manifest['skipped']:,} (named in {out}/dataset.json)")
+    for field, names in manifest["labels"].items():
         shown = ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")
         print(f"  label {field}: {shown}")
-    return 0

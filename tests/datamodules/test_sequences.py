@@ -241,12 +241,12 @@ def test_bad_documents(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     made = source([], labelled=False, records=[*records, *bad], faults=faults)
     dataset = pack_sequences(made, tmp_path / "d", splits={}, on_bad="skip")
     assert dataset.manifest["skipped"] == 3
-    assert sorted(dataset.manifest["skipped_documents"]) == [
+    assert sorted(dataset.manifest["skipped_samples"]) == [
         "b.wav: is damaged", "made up [empty]: is empty", "t.csv [line 3]: is not JSON",
     ]  # fmt: skip
     assert len(dataset.split("train")) == 4
-    assert "skipped a bad document (1 so far): t.csv [line 3]: is not JSON" in caplog.text
-    with pytest.raises(PackError, match="nothing is left for training; 2 documents were skipped"):
+    assert "skipped a bad sample (1 so far): t.csv [line 3]: is not JSON" in caplog.text
+    with pytest.raises(PackError, match="nothing is left for training; 2 samples were skipped"):
         pack_sequences(source([], labelled=False, records=bad), tmp_path / "e", on_bad="skip")
     with pytest.raises(ValueError, match="on_bad is 'ignore'"):
         pack_sequences(made, tmp_path / "e", on_bad="ignore")

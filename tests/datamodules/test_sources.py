@@ -86,7 +86,7 @@ def test_table(photos: Path, tmp_path: Path) -> None:
 def test_bad_tables(photos: Path, tmp_path: Path, rows: str, message: str) -> None:
     (tmp_path / "t.csv").write_text(rows)
     with pytest.raises(DataError, match=message):
-        folder_source(photos, tmp_path / "t.csv")
+        pack_images(folder_source(photos, tmp_path / "t.csv"), tmp_path / "out")
 
 
 def test_no_images_and_no_labels(photos: Path, tmp_path: Path) -> None:
