@@ -1,0 +1,201 @@
+"""Sounds as a source: a folder with one sub-folder a class, a table of file, label, a folder of anything without labels, or a torchaudio dataset class.
+
+Folders and tables are listed as those of images are (`mmlong.datamodules.listing`), and read by the one rule of `mmlong.datamodules.audio_files`.
+torchaudio's own reading needs a decoder that is not there on most machines, so of its dataset classes only the lists of files are used, and the files are
+read here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .audio_files import SUFFIXES, Storage, pack_sound, survey
+from .errors import BadSampleError, DataError
+from .folders import document_folder_source
+from .records import Record, SequenceSource
+
+# Where torchaudio's classes keep the label in what `get_metadata` answers (path, rate, ...), and what it is called.
+TORCHAUDIO_LABELS = {
+    "SPEECHCOMMANDS": ("word", 2),
+    "LIBRISPEECH": ("speaker", 3),
+    "VoxCeleb1Identification": ("speaker", 2),
+    "IEMOCAP": ("emotion", 3),
+}
+_SUBSETS = {"training": None, "validation": "val", "testing": "test"}
+
+
+def sound_folder(
+    folder: str | Path,
+    labels: str | Path | None = None,
+    *,
+    labelled: bool = True,
+    rate: int | None = None,
+    mono: bool = False,
+    subtype: str = "PCM_16",
+    licence: str = "not stated",
+) -> SequenceSource:
+    """List the sounds of a folder.
+
+    The file tree of Speech Commands (Warden 2018) is known by its lists, ``validation_list.txt`` and ``testing_list.txt``: they are the splits, and folders
+    with a leading underscore (background noise) are no classes.
+
+    Args:
+        folder: where they are.
+        labels: a table (CSV or JSONL), if the folders are not the classes.
+        labelled: false: every sound in the folder and below, whatever folder it is in, and no labels.
+        rate: resample what is at another rate to this one. Without it all must be at one rate.
+        mono: mix what has several channels to one. Without it all must have as many.
+        subtype: how to store them, ``PCM_16`` or ``FLOAT``.
+        licence: to be shown with the dataset.
+
+    Raises:
+        DataError: no sounds, or labels that do not fit; see `mmlong.datamodules.listing`.
+        BadSampleError: a file that cannot be opened, or is of another rate or number of channels.
+    """
+    source = document_folder_source(
+        folder, "audio", "wav", suffixes=SUFFIXES, labels=labels, labelled=labelled, licence=licence
+    )
+    place = Path(folder)
+    if labels is None and (place / "testing_list.txt").is_file():
+        source = _speech_commands(place, source)
+    storage = common_storage([place / record.name for record in source.records], rate, mono, subtype)
+    records = [
+        replace(record, load=partial(pack_sound, place / record.name, place / record.name, storage))
+        for record in source.records
+    ]
+    return replace(source, records=records, about=storage.about, length=storage.frames)
+
+
+def _speech_commands(folder: Path, source: SequenceSource) -> SequenceSource:
+    """The same, split by the lists of Speech Commands, without its background noise."""
+    splits: dict[str, str] = {}
+    for split, name in (("val", "validation_list.txt"), ("test", "testing_list.txt")):
+        if (folder / name).is_file():
+            splits |= dict.fromkeys((folder / name).read_text().split(), split)
+    kept = [record for record in source.records if not record.name.startswith("_")]
+    if missing := splits.keys() - {record.name for record in kept}:
+        raise DataError(folder, f"its lists of splits name {len(missing)} files that are not there", min(missing))
+    classes = source.labels["label"] if source.labels else ()
+    names = tuple(name for name in classes if not name.startswith("_"))
+    records = [
+        replace(
+            record,
+            split=splits.get(record.name, "train"),
+            labels={field: names.index(classes[value]) for field, value in record.labels.items()},
+        )
+        for record in kept
+    ]
+    return replace(source, records=records, labels={"label": names} if names else {})
+
+
+def common_storage(files: Iterable[Path], rate: int | None, mono: bool, subtype: str) -> Storage:
+    """How files are stored that must agree in what is not converted, from their headers alone.
+
+    Raises:
+        BadSampleError: a file that cannot be opened, or that differs from the first one.
+    """
+    first: tuple[Path, int, int] | None = None
+    for file in files:
+        found, channels = survey(file, file)
+        first = first or (file, found, channels)
+        if rate is None and found != first[1]:
+            raise BadSampleError(file, f"is at {found:,} Hz and {first[0]} at {first[1]:,} Hz; give a --rate to resample all of them to")  # fmt: skip
+        if not mono and channels != first[2]:
+            raise BadSampleError(file, f"has {channels} channels and {first[0]} has {first[2]}; mix all of them with --mono")  # fmt: skip
+        if rate is not None and mono:
+            break
+    if first is None:
+        raise ValueError("no files")
+    return Storage(rate or first[1], 1 if mono else first[2], subtype, resample=rate is not None, mix=mono)
+
+
+def torchaudio_source(
+    name: str,
+    root: str | Path,
+    options: Mapping[str, Any] | None = None,
+    *,
+    rate: int | None = None,
+    mono: bool = False,
+    subtype: str = "PCM_16",
+) -> SequenceSource:
+    """A torchaudio dataset class by name, e.g. ``"SPEECHCOMMANDS"``, of whose files the class makes the list.
+
+    Where the class knows ``subset`` and its training, validation and testing parts, these are the splits.
+
+    Args:
+        name: of the class; one that has ``get_metadata``.
+        root: where its files are.
+        options: further arguments of the class, e.g. ``{"url": "dev-clean"}``.
+        rate, mono, subtype: see `sound_folder`.
+
+    Raises:
+        DataError: there is no such class, it does not list its files, or they are not there.
+        BadSampleError: see `sound_folder`.
+    """
+    import torchaudio.datasets as zoo
+
+    kind = getattr(zoo, name, None)
+    if not inspect.isclass(kind):
+        near = difflib.get_close_matches(name, zoo.__all__, n=1)
+        raise DataError(f"torchaudio:{name}", "no such dataset class" + (f"; did you mean {near[0]}?" if near else ""))
+    if not hasattr(kind, "get_metadata"):
+        raise DataError(
+            f"torchaudio:{name}", "does not list its files (it has no get_metadata); pack its folder instead"
+        )
+    accepted = inspect.signature(kind).parameters
+    given = dict(options or {})
+    if unknown := set(given) - set(accepted):
+        raise DataError(
+            f"torchaudio:{name}", f"does not take {', '.join(sorted(unknown))}; it takes {', '.join(accepted)}"
+        )
+    parts: Sequence[str | None] = [None]
+    if name == "SPEECHCOMMANDS" and "subset" not in given:
+        parts = ["training", "validation", "testing"]
+    field, at = TORCHAUDIO_LABELS.get(name, (None, 0))
+    rows: list[tuple[str, Path, str | None, str | None]] = []
+    for part in parts:
+        try:
+            data: Any = kind(root, **given, **({} if part is None else {"subset": part}))
+            listed = [data.get_metadata(item) for item in range(len(data))]
+        except (RuntimeError, OSError, ValueError, TypeError) as error:
+            raise DataError(f"torchaudio:{name}", f"cannot be read from {root}: {error}") from error
+        for metadata in listed:
+            file = _find(str(metadata[0]), data, Path(root), f"torchaudio:{name}")
+            label = None if field is None else str(metadata[at])
+            rows.append((str(metadata[0]), file, label, None if part is None else _SUBSETS[part]))
+    if not rows:
+        raise DataError(f"torchaudio:{name}", f"lists no files in {root}")
+    classes = tuple(sorted({label for _, _, label, _ in rows if label is not None}))
+    number = {label: place for place, label in enumerate(classes)}
+    storage = common_storage([file for _, file, *_ in rows], rate, mono, subtype)
+
+    def load(file: Path) -> Callable[[], bytes]:
+        return partial(pack_sound, file, file, storage)
+
+    return SequenceSource(
+        name=name.lower(), modality="audio", extension="wav", about=storage.about, source=f"torchaudio.datasets.{name}",
+        licence="see the dataset's own page",
+        records=[
+            Record(path, load(file), {} if field is None or label is None else {field: number[label]}, {}, split)
+            for path, file, label, split in rows
+        ],
+        labels={} if field is None else {field: classes}, default_label=field, length=storage.frames,
+    )  # fmt: skip
+
+
+def _find(path: str, data: Any, root: Path, name: str) -> Path:
+    """A listed file: its path is relative to a folder that each class names in its own way."""
+    folders = [
+        root,
+        *(Path(getattr(data, own)) for own in ("_path", "_archive", "root_dir", "_root") if hasattr(data, own)),
+    ]
+    for folder in folders:
+        if (folder / path).is_file():
+            return folder / path
+    raise DataError(name, f"lists a file that is not in {' or '.join(str(folder) for folder in folders)}", path)
