@@ -109,7 +109,7 @@ def _from_folders(folder: Path, suffixes: Collection[str], what: str, labelled: 
         if loose := sorted(path.name for path in part.iterdir() if path.is_file() and _counts(path, suffixes)):
             raise DataError(
                 part / loose[0], f"has no label: {what} lie in one sub-folder a class, or a table names their labels "
-                f"(--labels); {len(loose)} of this folder's do not"
+                f"(--labels){'' if what == 'images' else ', or they have none (--unlabelled)'}; {len(loose)} of this folder's do not"
             )  # fmt: skip
         for top in sorted(path for path in part.iterdir() if path.is_dir()):
             listing.files += [Row(file, top.name, split) for file in _below(top, suffixes)]

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mmlong.cli.pack_kinds import KINDS, add_options, misplaced, option
+from mmlong.cli.pack_kinds import KINDS, add_options, misplaced, option, sound_options
 
 if TYPE_CHECKING:
     from mmlong.datamodules.packed import PackedDataset
@@ -19,10 +19,12 @@ examples:
   mmlong pack image photos/ packed/ --size 256        one sub-folder of photos/ a class
   mmlong pack image photos/ packed/ --labels t.csv    a table (CSV or JSONL) of file,label[,split]
   mmlong pack text notes/ packed/ --unlabelled        every file a document, whatever it holds
+  mmlong pack audio drums/ packed/ --rate 44100 --mono  sounds of any kind, one sub-folder a class
   mmlong pack jsonl posts.jsonl packed/ --field body  every line a document
   mmlong pack stdlib packed/                          a known source: its own splits, source and licence
   mmlong pack elpv packed/                            another: 2,624 solar cells (pip install "mmlong[data]")
   mmlong pack torchvision:CIFAR10 packed/ --root DIR  any torchvision dataset class of images and class numbers
+  mmlong pack torchaudio:SPEECHCOMMANDS packed/ --root DIR  the files that a torchaudio class lists
   mmlong pack --verify packed/                        read every byte, name what is not whole
 """
 
@@ -34,7 +36,7 @@ def add_pack_parser(parser: argparse.ArgumentParser) -> Mapping[str, list[argpar
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     kinds = "; ".join(f"{name}: {kind.help}" for name, kind in KINDS.items())
     parser.add_argument(
-        "kind", nargs="?", metavar="KIND", help=f"what IN is ({kinds}); or a known source; or torchvision:NAME"
+        "kind", nargs="?", metavar="KIND", help=f"what IN is ({kinds}); or a known source; or torchvision:NAME, torchaudio:NAME"
     )
     parser.add_argument("paths", nargs="*", metavar="PATH", help="IN OUT, of a KIND; OUT, of a known source")
     parser.add_argument("--verify", metavar="OUT", help="verify this packed dataset instead of packing")
@@ -54,10 +56,10 @@ def add_pack_parser(parser: argparse.ArgumentParser) -> Mapping[str, list[argpar
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset that is already there")
     parser.add_argument("--on-bad", choices=("stop", "skip"), default="stop",
                         help="a sample that cannot be read: stop (default), or leave it out, name and count it")  # fmt: skip
-    parser.add_argument("--source", metavar="PATH", help="files of a known source that comes in no package")
-    parser.add_argument("--root", default=".", metavar="DIR", help="where torchvision's files are")
+    parser.add_argument("--source-path", metavar="PATH", help="files of a known source that comes in no package")
+    parser.add_argument("--root", default=".", metavar="DIR", help="where torchvision's or torchaudio's files are")
     parser.add_argument("--option", action="append", type=option, metavar="KEY=VALUE", default=[],
-                        help="further argument of the torchvision class, e.g. download=true")  # fmt: skip
+                        help="further argument of the torchvision or torchaudio class, e.g. download=true")  # fmt: skip
     return add_options(parser)
 
 
@@ -84,24 +86,20 @@ def run_pack(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if (args.verify is None) == (args.kind is None):
         parser.error("give either KIND [IN] OUT or --verify OUT")
-    wanted = 2 if args.kind in KINDS else 1
-    if args.kind is not None and len(args.paths) != wanted:
-        parser.error(f"{args.kind} takes {'IN and OUT' if wanted == 2 else 'OUT'}, not {len(args.paths)} paths")
+    modality = None if args.kind is None else _modality(args.kind)
+    if args.kind is not None:
+        if modality is None:
+            parser.error(f"unknown KIND {args.kind!r}; it can be {', '.join(_kinds())} or torchvision:NAME, torchaudio:NAME")
+        wanted = 2 if args.kind in KINDS else 1
+        if len(args.paths) != wanted:
+            parser.error(f"{args.kind} takes {'IN and OUT' if wanted == 2 else 'OUT'}, not {len(args.paths)} paths")
+        if fault := misplaced(args, options, modality):
+            parser.error(fault)
 
     from mmlong.datamodules.errors import DataError
 
     try:
-        if args.verify is not None:
-            return _verify(args.verify)
-        if (modality := _modality(args.kind)) is None:
-            from mmlong.datamodules.known import MODULES
-            from mmlong.datamodules.sources import KNOWN
-
-            known = ", ".join((*KINDS, *KNOWN, *MODULES))
-            parser.error(f"unknown KIND {args.kind!r}; it can be {known} or torchvision:NAME")
-        if fault := misplaced(args, options, modality):
-            parser.error(fault)
-        return _pack(args)
+        return _pack(args) if args.verify is None else _verify(args.verify)
     except (DataError, ValueError) as error:
         print(f"mmlong pack: {error}", file=sys.stderr)
         return 1
@@ -125,6 +123,13 @@ def _verify(folder: str) -> int:
     return 0
 
 
+def _kinds() -> tuple[str, ...]:
+    from mmlong.datamodules.known import MODULES
+    from mmlong.datamodules.sources import KNOWN
+
+    return (*KINDS, *KNOWN, *MODULES)
+
+
 def _modality(kind: str) -> str | None:
     from mmlong.datamodules.known import MODULES, known_sequences
     from mmlong.datamodules.sources import KNOWN
@@ -133,6 +138,8 @@ def _modality(kind: str) -> str | None:
         return KINDS[kind].modality
     if kind in MODULES:
         return known_sequences(kind).modality
+    if kind.startswith("torchaudio:"):
+        return "audio"
     return "image" if kind in KNOWN or kind.startswith("torchvision:") else None
 
 
@@ -145,10 +152,15 @@ def _source(args: argparse.Namespace) -> tuple[ImageSource | SequenceSource, dic
         return KINDS[args.kind].source(args), {}
     if args.kind in MODULES:
         known = known_sequences(args.kind)
-        return known.load(find_source(known, args.source)), {"splits": known.splits}
+        return known.load(find_source(known, args.source_path)), {"splits": known.splits}
     if args.kind in KNOWN:
         image = KNOWN[args.kind]
-        return image.load(), {"size": image.size, "channels": image.channels, "splits": image.splits}
+        size = args.size or (image.size, image.size)
+        return image.load(size), {"size": size, "channels": image.channels, "splits": image.splits}
+    if args.kind.startswith("torchaudio:"):
+        from mmlong.datamodules.sound_folders import torchaudio_source
+
+        return torchaudio_source(args.kind.partition(":")[2], args.root, dict(args.option), **sound_options(args)), {}
     return torchvision_source(args.kind.partition(":")[2], args.root, dict(args.option)), {}
 
 
