@@ -19,9 +19,9 @@ class ImageDataModule(PackedDataModule):
     """Images, with one label where they have any.
 
     Args:
-        dataset: ``"elpv"`` or ``"mnist5k"`` (packed on first use into ``root``), or the folder of a packed dataset.
+        dataset: ``"elpv"``, ``"mnist5k"`` or ``"photos"`` (packed on first use into ``root``), or the folder of a packed dataset.
         root: where known datasets are packed; `data_root` if not given.
-        size: pack a known dataset at this side instead of its own (each size has its own folder).
+        size: pack a known dataset at this side instead of its own (each size has its own folder); of photos, the side of a crop.
         label: which label field; the dataset's default if not given.
         augment: changes to training images, see `mmlong.datamodules.augment`.
         cache: keep decoded images in memory, shared by the workers (one byte a pixel and channel).
@@ -101,4 +101,5 @@ def pack_known(name: str, out: str | Path, size: int | None = None, **options: o
     """Pack a known dataset at its own size (or another), channels and splits. Options as in `pack_images`."""
     known = KNOWN[name]
     settings: dict[str, object] = {"channels": known.channels, "splits": known.splits, **options}
-    return pack_images(known.load(), out, size=size or known.size, **settings)  # type: ignore[arg-type]
+    side = size or known.size
+    return pack_images(known.load((side, side)), out, size=side, **settings)  # type: ignore[arg-type]

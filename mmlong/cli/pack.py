@@ -36,7 +36,10 @@ def add_pack_parser(parser: argparse.ArgumentParser) -> Mapping[str, list[argpar
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     kinds = "; ".join(f"{name}: {kind.help}" for name, kind in KINDS.items())
     parser.add_argument(
-        "kind", nargs="?", metavar="KIND", help=f"what IN is ({kinds}); or a known source; or torchvision:NAME, torchaudio:NAME"
+        "kind",
+        nargs="?",
+        metavar="KIND",
+        help=f"what IN is ({kinds}); or a known source; or torchvision:NAME, torchaudio:NAME",
     )
     parser.add_argument("paths", nargs="*", metavar="PATH", help="IN OUT, of a KIND; OUT, of a known source")
     parser.add_argument("--verify", metavar="OUT", help="verify this packed dataset instead of packing")
@@ -89,7 +92,9 @@ def run_pack(argv: list[str]) -> int:
     modality = None if args.kind is None else _modality(args.kind)
     if args.kind is not None:
         if modality is None:
-            parser.error(f"unknown KIND {args.kind!r}; it can be {', '.join(_kinds())} or torchvision:NAME, torchaudio:NAME")
+            parser.error(
+                f"unknown KIND {args.kind!r}; it can be {', '.join(_kinds())} or torchvision:NAME, torchaudio:NAME"
+            )
         wanted = 2 if args.kind in KINDS else 1
         if len(args.paths) != wanted:
             parser.error(f"{args.kind} takes {'IN and OUT' if wanted == 2 else 'OUT'}, not {len(args.paths)} paths")

