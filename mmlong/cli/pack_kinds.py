@@ -80,12 +80,35 @@ def _text_options(group: Parser) -> None:
     )
 
 
+# audio
+
+
+def _audio(args: argparse.Namespace) -> SequenceSource:
+    from mmlong.datamodules.sound_folders import sound_folder
+
+    return sound_folder(
+        args.paths[0], args.labels, labelled=not args.unlabelled, licence=args.licence, **sound_options(args)
+    )
+
+
+def sound_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What was said of how sounds are stored."""
+    return {"rate": args.rate, "mono": args.mono, "subtype": "FLOAT" if args.float else "PCM_16"}
+
+
+def _audio_options(group: Parser) -> None:
+    group.add_argument("--rate", type=int, metavar="HZ", help="resample to this (default: all must be at one rate)")
+    group.add_argument("--mono", action="store_true", help="mix channels to one (default: all must have as many)")
+    group.add_argument("--float", action="store_true", help="store float32 (default: 16 bits)")
+
+
 KINDS: dict[str, Kind] = {
     "image": Kind("image", _image, "a folder of images"),
     "text": Kind("text", _text, "a text file, or a folder of them"),
     "jsonl": Kind("text", _jsonl, "a JSONL, a text in each line"),
+    "audio": Kind("audio", _audio, "a folder of sounds"),
 }
-OPTIONS: dict[str, Callable[[Parser], None]] = {"image": _image_options, "text": _text_options}
+OPTIONS: dict[str, Callable[[Parser], None]] = {"image": _image_options, "text": _text_options, "audio": _audio_options}
 
 
 def add_options(parser: argparse.ArgumentParser) -> Mapping[str, list[argparse.Action]]:
