@@ -64,7 +64,7 @@ def pack_images(
     skipped = Skipped(on_bad)
     skipped.met(source.faults)
     if not source.items:
-        raise PackError(out, f"no images in {source.source}")
+        raise PackError(out, skipped.nothing_left() if skipped.said else f"no images in {source.source}")
     check_items(source.source, source.items, source.labels)
     if size is None or channels is None:
         found_size, found_channels = _survey(source.items, size is not None, skipped.stops)

@@ -53,7 +53,7 @@ def pack_sequences(
     skipped = Skipped(on_bad)
     skipped.met(source.faults)
     if not source.records:
-        raise PackError(out, f"no documents in {source.source}")
+        raise PackError(out, skipped.nothing_left() if skipped.said else f"no documents in {source.source}")
     check_items(source.source, source.records, source.labels)
     parts = split_items(source.records, DEFAULT_SPLITS if splits is None else splits, seed)
     total = sum(len(part) for part in parts.values())

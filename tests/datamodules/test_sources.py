@@ -123,6 +123,22 @@ def test_a_corrupt_image_stops_packing(photos: Path, tmp_path: Path, content: by
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")) == ["photos"]
 
 
+def test_bad_images_can_be_left_out_and_are_counted(photos: Path, tmp_path: Path) -> None:
+    (photos / "cat" / "04.png").write_bytes(b"not an image")
+    (tmp_path / "t.csv").write_text("file,label\n" + "".join(f"cat/{n:02d}.png,x\n" for n in (1, 2, 3, 4, 5)))
+    source = folder_source(photos, tmp_path / "t.csv")  # there is no cat/03.png
+    dataset = pack_images(source, tmp_path / "out", splits={}, on_bad="skip")
+    assert len(dataset.split("train")) == 3
+    assert dataset.manifest["counts"] == {"label": {"train": [3]}}
+    assert dataset.manifest["skipped"] == 2
+    gone, damaged = dataset.manifest["skipped_samples"]
+    assert "[row 4]: there is no" in gone
+    assert "cat/04.png: cannot be opened as an image" in damaged
+    (tmp_path / "t.csv").write_text("file,label\ncat/04.png,x\n")
+    with pytest.raises(DataError, match="neither can any other"):
+        pack_images(folder_source(photos, tmp_path / "t.csv"), tmp_path / "none", splits={}, on_bad="skip")
+
+
 def test_unknown_and_missing_labels(tmp_path: Path) -> None:
     def source(labels: dict[str, int]) -> ImageSource:
         items = [Item("0.png", labels, lambda: Image.new("L", (2, 2)))]
