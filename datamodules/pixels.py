@@ -107,5 +107,5 @@ def fit_image(image: Image.Image, height: int, width: int, fit: str) -> Image.Im
 def encode_png(image: Image.Image) -> bytes:
     """PNG bytes: the same for the same pixels with the same Pillow."""
     out = io.BytesIO()
-    image.save(out, "PNG", compress_level=6)
+    image.save(out, "PNG", compress_level=6, icc_profile=None)  # it is not applied, so it is not kept
     return out.getvalue()
