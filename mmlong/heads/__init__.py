@@ -8,6 +8,7 @@ from mmlong.heads.classify import ClassifyHead
 from mmlong.heads.contract import HEADS, Head, create_head, register_head
 from mmlong.heads.logistic_mixture import LogisticMixtureHead
 from mmlong.heads.multilabel import MultiLabelHead
+from mmlong.heads.project import ProjectHead
 from mmlong.heads.readout import ReadoutHead
 from mmlong.heads.regress import RegressHead, RegressTokensHead
 from mmlong.heads.sampling import GREEDY, Sampling
@@ -22,6 +23,7 @@ __all__ = [
     "Head",
     "LogisticMixtureHead",
     "MultiLabelHead",
+    "ProjectHead",
     "ReadoutHead",
     "RegressHead",
     "RegressTokensHead",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mmlong.tasks.autoregress import AutoregressTask
 from mmlong.tasks.base import ArchitectureMismatchError, Task
 from mmlong.tasks.classify import ClassifyTask
+from mmlong.tasks.contrast import ContrastTask
 from mmlong.tasks.masked import MaskedTask
 from mmlong.tasks.masking import Masking
 from mmlong.tasks.multilabel import MultiLabelTask
@@ -15,6 +16,7 @@ __all__ = [
     "ArchitectureMismatchError",
     "AutoregressTask",
     "ClassifyTask",
+    "ContrastTask",
     "MaskedTask",
     "Masking",
     "MultiLabelTask",
