@@ -23,6 +23,8 @@ from mmlong.datamodules.records import SequenceSource
 from mmlong.datamodules.relatives import duplicate_groups, overlap_groups, related_groups, strand_key
 from mmlong.datamodules.splits import split_items
 
+from mmlong.modalities.genome import complement_letters
+
 CHR1 = "ACGTTGCANNacgtRYACGTACGTTTTTCCCCAGAGAGAG"
 CHR2 = "GGGGCATTACAGGGATCC"
 PAIRS = dict(zip("ACGTNacgtnRY", "TGCANtgcanYR", strict=True))
@@ -313,10 +315,20 @@ def test_chromosome_is_as_published() -> None:
     assert bounds[0][0] == 0
     assert bounds[-1][1] == chromosome.BASES
     assert [stop for _, stop in bounds[:-1]] == [start for start, _ in bounds[1:]]  # no gaps, no overlaps
-    assert [parts[f"{start}-{stop}"].split for start, stop in bounds] == ["train", "val", "train", "test"]
+    assert [parts[f"{start}-{stop}"].split for start, stop in bounds] == ["train", "val", "train", "test", "train"]
     held = [parts[f"{start}-{stop}"].load() for start, stop in bounds[1::2]]
     assert [len(each) for each in held] == [chromosome.BASES // 20] * 2
     assert set(held[0]) == set(b"ACGT")
+    trained = [parts[f"{start}-{stop}"].load() for start, stop in bounds[::2]]
+    runs = {
+        text[i : i + 64]
+        for stretch in trained
+        for text in (stretch, complement_letters(stretch))
+        for i in range(len(text) - 63)
+    }
+    copied = [np.mean([each[i : i + 64] in runs for i in range(0, len(each) - 63)]) for each in held]
+    assert copied[0] < 0.002
+    assert copied[1] < 0.005
 
 
 @pytest.mark.skipif(find_spec("janggu") is None, reason="package janggu is not installed")
