@@ -10,14 +10,13 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .audio_files import SUFFIXES, Storage, pack_sound, survey
 from .errors import BadSampleError, DataError
-from .folders import document_folder_source
+from .listing import Row, class_numbers, list_files
 from .records import Record, SequenceSource
 
 # Where torchaudio's classes keep the label in what `get_metadata` answers (path, rate, ...), and what it is called.
@@ -54,65 +53,68 @@ def sound_folder(
         subtype: how to store them, ``PCM_16`` or ``FLOAT``.
         licence: to be shown with the dataset.
 
+    Returns:
+        The source. Files that cannot be opened, or differ from the first in what is not converted, are its faults.
+
     Raises:
         DataError: no sounds, or labels that do not fit; see `mmlong.datamodules.listing`.
-        BadSampleError: a file that cannot be opened, or is of another rate or number of channels.
     """
-    source = document_folder_source(
-        folder, "audio", "wav", suffixes=SUFFIXES, labels=labels, labelled=labelled, licence=licence
-    )
     place = Path(folder)
+    listing = list_files(place, labels, SUFFIXES, "sounds", labelled)
+    rows = listing.files
     if labels is None and (place / "testing_list.txt").is_file():
-        source = _speech_commands(place, source)
-    storage = common_storage([place / record.name for record in source.records], rate, mono, subtype)
+        rows = _speech_commands(place, rows)
+    storage, odd = common_storage([row.file for row in rows], rate, mono, subtype)
+    rows = [row for row in rows if row.file not in odd]
+    number = class_numbers(rows, labels or folder)
     records = [
-        replace(record, load=partial(pack_sound, place / record.name, place / record.name, storage))
-        for record in source.records
-    ]
-    return replace(source, records=records, about=storage.about, length=storage.frames)
+        Record(row.file.relative_to(place).as_posix(), partial(pack_sound, row.file, row.file, storage),
+               {"label": number[row.label]} if row.label else {}, row.extra, row.split)
+        for row in rows
+    ]  # fmt: skip
+    return SequenceSource(
+        name=place.resolve().name, modality="audio", extension="wav", about=storage.about, source=str(folder), licence=licence,
+        records=records, labels={"label": tuple(number)} if number else {}, default_label="label" if number else None,
+        length=storage.frames, faults=[*listing.faults, *odd.values()],
+    )  # fmt: skip
 
 
-def _speech_commands(folder: Path, source: SequenceSource) -> SequenceSource:
+def _speech_commands(folder: Path, rows: Sequence[Row]) -> list[Row]:
     """The same, split by the lists of Speech Commands, without its background noise."""
     splits: dict[str, str] = {}
     for split, name in (("val", "validation_list.txt"), ("test", "testing_list.txt")):
         if (folder / name).is_file():
             splits |= dict.fromkeys((folder / name).read_text().split(), split)
-    kept = [record for record in source.records if not record.name.startswith("_")]
-    if missing := splits.keys() - {record.name for record in kept}:
+    by_name = {row.file.relative_to(folder).as_posix(): row for row in rows if not row.label.startswith("_")}
+    if missing := splits.keys() - by_name.keys():
         raise DataError(folder, f"its lists of splits name {len(missing)} files that are not there", min(missing))
-    classes = source.labels["label"] if source.labels else ()
-    names = tuple(name for name in classes if not name.startswith("_"))
-    records = [
-        replace(
-            record,
-            split=splits.get(record.name, "train"),
-            labels={field: names.index(classes[value]) for field, value in record.labels.items()},
-        )
-        for record in kept
-    ]
-    return replace(source, records=records, labels={"label": names} if names else {})
+    return [row._replace(split=splits.get(name, "train")) for name, row in by_name.items()]
 
 
-def common_storage(files: Iterable[Path], rate: int | None, mono: bool, subtype: str) -> Storage:
-    """How files are stored that must agree in what is not converted, from their headers alone.
+def common_storage(
+    files: Iterable[Path], rate: int | None, mono: bool, subtype: str
+) -> tuple[Storage, dict[Path, DataError]]:
+    """How files are stored, from their headers alone, and which of them cannot be: those that cannot be opened or differ from the first.
 
     Raises:
-        BadSampleError: a file that cannot be opened, or that differs from the first one.
+        BadSampleError: none of them can be opened.
     """
     first: tuple[Path, int, int] | None = None
+    odd: dict[Path, DataError] = {}
     for file in files:
-        found, channels = survey(file, file)
+        try:
+            found, channels = survey(file, file)
+        except BadSampleError as error:
+            odd[file] = error
+            continue
         first = first or (file, found, channels)
         if rate is None and found != first[1]:
-            raise BadSampleError(file, f"is at {found:,} Hz and {first[0]} at {first[1]:,} Hz; give a --rate to resample all of them to")  # fmt: skip
-        if not mono and channels != first[2]:
-            raise BadSampleError(file, f"has {channels} channels and {first[0]} has {first[2]}; mix all of them with --mono")  # fmt: skip
-        if rate is not None and mono:
-            break
+            odd[file] = BadSampleError(file, f"is at {found:,} Hz and {first[0]} at {first[1]:,} Hz; give a --rate to resample all of them to")  # fmt: skip
+        elif not mono and channels != first[2]:
+            odd[file] = BadSampleError(file, f"has {channels} channels and {first[0]} has {first[2]}; mix all of them with --mono")  # fmt: skip
     if first is None:
-        raise ValueError("no files")
-    return Storage(rate or first[1], 1 if mono else first[2], subtype, resample=rate is not None, mix=mono)
+        raise next(iter(odd.values()))
+    return Storage(rate or first[1], 1 if mono else first[2], subtype, resample=rate is not None, mix=mono), odd
 
 
 def torchaudio_source(
@@ -136,7 +138,6 @@ def torchaudio_source(
 
     Raises:
         DataError: there is no such class, it does not list its files, or they are not there.
-        BadSampleError: see `sound_folder`.
     """
     import torchaudio.datasets as zoo
 
@@ -173,7 +174,7 @@ def torchaudio_source(
         raise DataError(f"torchaudio:{name}", f"lists no files in {root}")
     classes = tuple(sorted({label for _, _, label, _ in rows if label is not None}))
     number = {label: place for place, label in enumerate(classes)}
-    storage = common_storage([file for _, file, *_ in rows], rate, mono, subtype)
+    storage, odd = common_storage([file for _, file, *_ in rows], rate, mono, subtype)
 
     def load(file: Path) -> Callable[[], bytes]:
         return partial(pack_sound, file, file, storage)
@@ -184,8 +185,9 @@ def torchaudio_source(
         records=[
             Record(path, load(file), {} if field is None or label is None else {field: number[label]}, {}, split)
             for path, file, label, split in rows
+            if file not in odd
         ],
-        labels={} if field is None else {field: classes}, default_label=field, length=storage.frames,
+        labels={} if field is None else {field: classes}, default_label=field, length=storage.frames, faults=list(odd.values()),
     )  # fmt: skip
 
 
