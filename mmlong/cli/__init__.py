@@ -21,6 +21,7 @@ train and use (recipes by name or file; several -c are merged, the later wins; a
 
 data
   pack       mmlong pack image photos/ packed/ --size 256         make shards; --verify proves them
+  bench      mmlong bench data -c image/cells256                  how fast the recipe's loader delivers
 
 look
   mixers     what can mix tokens, and what each can do
@@ -32,7 +33,7 @@ options
 """
 
 TRAINING = ("fit", "validate", "test", "predict")
-COMMANDS = (*TRAINING, "recipes", "pack", "mixers", "doctor")
+COMMANDS = (*TRAINING, "recipes", "pack", "bench", "mixers", "doctor")
 
 
 def _dispatch(command: str, rest: list[str]) -> int:
@@ -44,6 +45,10 @@ def _dispatch(command: str, rest: list[str]) -> int:
         from mmlong.cli.pack import run_pack
 
         return run_pack(rest)
+    if command == "bench":
+        from mmlong.cli.bench import run_bench
+
+        return run_bench(rest)
     if command == "mixers":
         from mmlong.cli.tables import run_mixers
 

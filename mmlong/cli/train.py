@@ -62,7 +62,7 @@ def run_training(command: str, argv: list[str]) -> int:
     if any(arg in ("-h", "--help") for arg in argv):
         print(USAGE.format(command=command, what=what, ckpt=ckpt, recipes=", ".join(main_recipes())), end="")
         return 0
-    names, overrides = _split(command, argv)
+    names, overrides = split_arguments(command, argv)
     checkpoint = _value_of("ckpt_path", overrides)
     if not names:
         run = resolve_run(checkpoint) if checkpoint else None
@@ -75,15 +75,15 @@ def run_training(command: str, argv: list[str]) -> int:
         raise CommandError(
             f"which weights? Add --ckpt_path last (of the newest run of {names[0]}), a run folder, or a checkpoint file"
         )
-    _quiet()
+    hush()
     config = load_recipes(names)
-    _check(config, overrides, " + ".join(names))
+    check_config(config, overrides, " + ".join(names))
     from mmlong.cli.engine import Engine
 
     return Engine(command, config, overrides, shown=["mmlong", command, *argv]).run()
 
 
-def _split(command: str, argv: list[str]) -> tuple[list[str], list[str]]:
+def split_arguments(command: str, argv: list[str]) -> tuple[list[str], list[str]]:
     """Recipe names, and all other arguments as they are."""
     names: list[str] = []
     rest: list[str] = []
@@ -108,7 +108,7 @@ def _split(command: str, argv: list[str]) -> tuple[list[str], list[str]]:
     return names, rest
 
 
-def _pairs(overrides: list[str]) -> Iterator[tuple[str, str]]:
+def pairs(overrides: list[str]) -> Iterator[tuple[str, str]]:
     arguments = iter(overrides)
     for arg in arguments:
         key, equals, value = arg.removeprefix("--").partition("=")
@@ -116,11 +116,11 @@ def _pairs(overrides: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _value_of(key: str, overrides: list[str]) -> str | None:
-    found = [value for name, value in _pairs(overrides) if name == key]
+    found = [value for name, value in pairs(overrides) if name == key]
     return found[-1] if found else None
 
 
-def _quiet() -> None:
+def hush() -> None:
     """Lightning's adverts and the notices that do not concern someone who runs a recipe."""
     import lightning.pytorch  # noqa: F401 - sets its own levels when imported, so it must come first
 
@@ -145,7 +145,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning")
 
 
-def _check(config: dict[str, Any], overrides: list[str], names: str) -> None:
+def check_config(config: dict[str, Any], overrides: list[str], names: str) -> None:
     """Refuse unknown keys of recipes and command line before anything is built."""
     import lightning.pytorch as pl
 
@@ -155,7 +155,7 @@ def _check(config: dict[str, Any], overrides: list[str], names: str) -> None:
     tree["trainer"] = class_tree(pl.Trainer)
     for part in ("model", "data"):
         entry = config.get(part)
-        given = dict(_pairs(overrides))
+        given = dict(pairs(overrides))
         path = given.get(part) or given.get(f"{part}.class_path")
         if path is None and isinstance(entry, dict):
             path = entry.get("class_path")
@@ -165,7 +165,7 @@ def _check(config: dict[str, Any], overrides: list[str], names: str) -> None:
         arguments.pop("data_info", None)
         tree[part] = {"class_path": None, "init_args": arguments}
     check_keys(config, tree, names)
-    for key, _ in _pairs(overrides):
+    for key, _ in pairs(overrides):
         parts = tuple(key.removesuffix("+").split("."))
         if parts[0] in ("model", "data") and len(parts) > 1 and parts[1] not in ("class_path", "init_args"):
             # As the command line allows it: --model.optim.lr is model.init_args.optim.lr.

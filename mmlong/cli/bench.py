@@ -1,0 +1,148 @@
+"""``mmlong bench data``: how fast a recipe's loader delivers, held against what its model consumes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmlong.cli.errors import CommandError
+from mmlong.cli.recipes import load_recipes, main_recipes
+from mmlong.cli.train import check_config, hush, pairs, split_arguments
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from mmlong.tasks import Task
+
+USAGE = """\
+usage: mmlong bench data -c RECIPE [-c RECIPE ...] [--KEY VALUE ...] [--run FOLDER] [--seconds S]
+
+Run the training loader of a recipe alone, as it is set (workers, batch size, augmentation, cache), and say how much it delivers.
+
+  -c RECIPE      a YAML file, or the name of a packaged recipe; several are merged, the later wins
+  --KEY VALUE    any key of the recipe, e.g. --data.num_workers 2
+  --run FOLDER   a finished run of it: its training speed is what the loader is held against
+  --seconds S    for how long (default 10)
+
+recipes: {recipes}
+"""
+WARM_UP = 2  # batches before the clock starts: workers begin, files are opened
+
+
+def run_bench(argv: list[str]) -> int:
+    """Run ``mmlong bench``.
+
+    Raises:
+        CommandError: something is wrong with the command, the recipe or the data.
+    """
+    if not argv or argv[0] in ("-h", "--help") or any(arg in ("-h", "--help") for arg in argv[1:]):
+        print(USAGE.format(recipes=", ".join(main_recipes())), end="")
+        return 0 if argv else 2
+    if argv[0] != "data":
+        raise CommandError(f"there is no bench {argv[0]!r}; there is: data")
+    own = argparse.ArgumentParser(prog="mmlong bench data", add_help=False, allow_abbrev=False)
+    own.add_argument("--run", type=Path)
+    own.add_argument("--seconds", type=float, default=10.0)
+    options, rest = own.parse_known_args(argv[1:])
+    names, overrides = split_arguments("bench", rest)
+    if not names:
+        raise CommandError(
+            f"which recipe? e.g. mmlong bench data -c image/cells256; recipes: {', '.join(main_recipes())}"
+        )
+    if not options.seconds > 0:
+        raise CommandError(f"--seconds {options.seconds}: for how long? Give a positive number")
+    consumed = None if options.run is None else _consumed(options.run)
+    hush()
+    config = load_recipes(names)
+    check_config(config, overrides, " + ".join(names))
+
+    from mmlong.datamodules.errors import DataError
+
+    try:
+        data, task = _build(config, overrides)
+        samples, tokens, seconds, batches = deliver(data, task, options.seconds)
+    except (DataError, ValueError) as error:
+        raise CommandError(str(error), status=1) from error
+    workers = getattr(data, "num_workers", 0)
+    print(
+        f"{config['recipe']}: the loader delivers {samples / seconds:,.0f} samples and {tokens / seconds:,.0f} tokens a second\n"
+        f"({batches:,} batches in {seconds:.1f} s, {workers} worker processes)"
+    )
+    if consumed is not None:
+        print(
+            f"training in {options.run} took {consumed:,.0f} tokens a second: "
+            f"the loader is {tokens / seconds / consumed:,.1f} times as fast"
+        )
+    return 0
+
+
+def _consumed(run: Path) -> float:
+    summary = run / "summary.json"
+    if not summary.is_file():
+        raise CommandError(f"--run {run}: no finished run (it has no summary.json)")
+    try:
+        rate = float(json.loads(summary.read_bytes())["tokens_per_second"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CommandError(f"{summary} does not say tokens_per_second: {error}") from error
+    if not rate > 0:
+        raise CommandError(f"{summary} says {rate} tokens_per_second; it was not measured in that run")
+    return rate
+
+
+def _build(config: dict[str, Any], overrides: list[str]) -> tuple[pl.LightningDataModule, Task]:
+    """The recipe's datamodule and task, as ``fit`` builds them."""
+    import lightning.pytorch as pl
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    from mmlong.cli.engine import describe_data, plain
+    from mmlong.tasks import Task
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(pl.LightningDataModule, "data", required=True)
+    parser.add_subclass_arguments(Task, "model", required=True)
+    parser.link_arguments("data", "model.init_args.data_info", compute_fn=describe_data, apply_on="instantiate")
+    given = [f"--{part}={json.dumps(config[part])}" for part in ("data", "model")]
+    given += [f"--{key}={value}" for key, value in pairs(overrides) if key.partition(".")[0] in ("data", "model")]
+    try:
+        built = parser.instantiate_classes(parser.parse_args(given))
+    except ArgumentError as error:
+        raise CommandError(plain(str(error))) from error
+    return built.data, built.model
+
+
+def deliver(data: pl.LightningDataModule, task: Task, seconds: float) -> tuple[int, int, float, int]:
+    """Take batches of the training loader for about so many seconds, epoch after epoch.
+
+    Returns:
+        ``(samples, tokens, seconds, batches)``.
+
+    Raises:
+        DataError: the data is not there, or is bad.
+        ValueError: there is not one batch in it.
+    """
+    data.prepare_data()
+    data.setup("fit")
+    loader = data.train_dataloader()
+    samples = tokens = batches = taken = 0
+    begun = time.perf_counter()
+    try:
+        while True:
+            before = taken
+            for batch in loader:
+                taken += 1
+                if taken <= WARM_UP:
+                    task.encode(batch)  # what the model would be given is what it takes
+                    begun = time.perf_counter()
+                    continue
+                batches += 1
+                samples += len(batch["raw"])
+                tokens += task.tokens_in(batch)
+                if (elapsed := time.perf_counter() - begun) >= seconds:
+                    return samples, tokens, elapsed, batches
+            if taken == before:
+                raise ValueError("the training loader gives no batches")
+    finally:
+        data.teardown("fit")
