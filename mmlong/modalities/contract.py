@@ -98,8 +98,13 @@ class Modality(nn.Module):
         """How far ``decode(encode(raw))`` may be from ``raw``, number by number; 0 where it is the same, as here."""
         return 0.0
 
+    @property
+    def initialised(self) -> bool:
+        """Whether it has what :meth:`initialise` takes; most modalities take nothing."""
+        return True
+
     def initialise(self, raw: Tensor, seed: int = 0) -> None:
-        """Take from raw training data what no gradient gives (a palette): a task calls it once before training. Most modalities take nothing."""
+        """Take from raw training data what no gradient gives (a palette). A task calls it before training, where it is not ``initialised``."""
 
     # What the conformance suite asks for; see mmlong.testing.check_modality
 

@@ -93,8 +93,8 @@ def fit_palette(images: Tensor, colours: int, seed: int = 0, rounds: int = 25) -
 class ImagePaletteModality(PixelModality):
     """Pixels in sequence, each the number of a colour.
 
-    The palette is a buffer, so it is in the checkpoint. Given as a number, it is empty until :meth:`initialise` has seen images or weights are loaded; encoding and
-    decoding raise until then.
+    The palette is a buffer, so it is in the checkpoint. Given as a number, it is empty until :meth:`initialise` has seen images (a task shows it some of the training data
+    before its first step) or weights are loaded; encoding and decoding raise until then.
 
     Args:
         dim, size, channels, order, bands: see :class:`~mmlong.modalities.pixels.PixelModality`.
@@ -128,9 +128,14 @@ class ImagePaletteModality(PixelModality):
         self.register_buffer("fitted", torch.tensor(given))
         self.code = nn.Embedding(self.codes, dim)
 
+    @property
+    def initialised(self) -> bool:
+        """Whether the palette is there."""
+        return bool(self.fitted)
+
     def initialise(self, raw: Tensor, seed: int = 0) -> None:
         """Fit the palette to images uint8 ``(N, C, H, W)``, unless it is there already; see :func:`fit_palette`."""
-        if not self.fitted:
+        if not self.initialised:
             self.unroll(raw[:1], None, None)
             self.palette.copy_(fit_palette(raw, len(self.palette), seed))
             self.fitted.fill_(True)
@@ -157,7 +162,7 @@ class ImagePaletteModality(PixelModality):
         return self.roll(self._colours()[tokens])
 
     def _colours(self) -> Tensor:
-        if not self.fitted:
+        if not self.initialised:
             raise RuntimeError(
                 f"this palette of {len(self.palette)} colours is still empty: call initialise(images) once before training, load "
                 "weights, or give the colours themselves"
@@ -186,7 +191,7 @@ class ImagePaletteModality(PixelModality):
 
     def example(self, batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, None, None]:
         """Noise of the image's own size; a palette that is still empty is fitted to other noise."""
-        if not self.fitted:
+        if not self.initialised:
             self.initialise(
                 torch.randint(256, (8, *self.image), generator=generator, dtype=torch.uint8).to(self.palette.device)
             )

@@ -26,6 +26,9 @@ from mmlong.training.transfer import (
 
 __all__ = ["ArchitectureMismatchError", "Task"]
 
+SHOWN = 64
+"""Samples that a modality is shown before training, where it needs any."""
+
 
 class Task(pl.LightningModule):
     """Base of the objectives.
@@ -103,7 +106,17 @@ class Task(pl.LightningModule):
                 block.compile()
 
     def on_fit_start(self) -> None:
-        """Take another run's backbone, when asked to. A run that goes on has loaded its own weights by now, and needs the other run no more."""
+        """Show the modality training data where it needs some, and take another run's backbone, when asked to.
+
+        A run that goes on has loaded its own weights by now, and needs neither.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not self.model.modality.initialised and hasattr(data, "samples"):
+            # The same samples on every rank, from all over the training data, and without augmentation.
+            samples = data.samples("train", False)
+            places = range(0, len(samples), -(-len(samples) // SHOWN))
+            rows, _ = samples.fetch([(0, place, 1.0) for place in places])
+            self.model.modality.initialise(rows["raw"][rows["weight"] > 0])
         if self.backbone_from is not None and not self._restored:
             file = load_backbone(self.model.backbone, self.backbone_from)
             rank_zero_only(print)(f"the backbone begins with the weights of {file}", flush=True)

@@ -20,7 +20,7 @@ from PIL import Image
 needs_photos = pytest.mark.skipif(find_spec("skimage") is None, reason=f"needs scikit-image: {photos.INSTALL}")
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 @given(st.sampled_from(sorted(PHOTOS)), st.integers(8, LARGEST), st.integers(0, 9))
 def test_no_pixel_is_in_training_and_held_out(name: str, side: int, seed: int) -> None:
     (width, height), edge = PHOTOS[name].size, held_out(name, side)
