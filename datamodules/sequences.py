@@ -22,6 +22,7 @@ from .sequence_samples import SequenceSamples, document_lengths
 from .windows import Stream, Whole, Windows
 
 WINDOWS = ("whole", "stream")
+TRAIN_CROPS = ("random", "same")
 
 
 class SequenceDataModule(PackedDataModule):
@@ -36,6 +37,7 @@ class SequenceDataModule(PackedDataModule):
         length: tokens of a row; of whole documents the longest sample, of longer ones a crop is taken.
         eval_length: ``length`` of evaluation, if that is another.
         crop: which crop evaluation takes, ``"head"`` or ``"middle"``.
+        train_crop: which crop training takes: ``"random"``, another each epoch, or ``"same"`` as evaluation (of sounds that begin with what tells them apart).
         label: which label field; the dataset's default if not given.
         augment: changes to training samples.
         cache: keep decoded documents in memory, shared by the workers.
@@ -62,6 +64,7 @@ class SequenceDataModule(PackedDataModule):
         length: int | None = None,
         eval_length: int | None = None,
         crop: str = "head",
+        train_crop: str = "random",
         label: str | None = None,
         batch_size: int = 16,
         num_workers: int = 0,
@@ -74,6 +77,8 @@ class SequenceDataModule(PackedDataModule):
     ) -> None:
         if windows not in WINDOWS:
             raise ValueError(f"windows is {windows!r}; it can be {' or '.join(WINDOWS)}")
+        if train_crop not in TRAIN_CROPS:
+            raise ValueError(f"train_crop is {train_crop!r}; it can be {' or '.join(TRAIN_CROPS)}")
         if windows == "stream" and length is None:
             raise ValueError("a stream is cut into rows: give their length")
         if windows == "stream" and reader == "streaming":
@@ -87,6 +92,7 @@ class SequenceDataModule(PackedDataModule):
         super().__init__(dataset, folder, known, label, batch_size, num_workers, seed, reader, on_bad, eval_batch_size)
         self.root, self.source_path = root, source_path
         self.windows, self.length, self.eval_length, self.crop = windows, length, eval_length or length, crop
+        self.train_crop = train_crop
         for train in (True, False):
             self._windows([1], train)  # refuses a length or crop that makes no sense, now
         self.augment = Augment(augment, seed, self.changes)
@@ -120,7 +126,7 @@ class SequenceDataModule(PackedDataModule):
         length = self.length if train else self.eval_length
         if self.windows == "stream" and length is not None:
             return Stream(lengths, length, train, self.seed)
-        return Whole(lengths, length, train, self.seed, self.crop)
+        return Whole(lengths, length, train and self.train_crop == "random", self.seed, self.crop)
 
     def samples(self, split: str, train: bool) -> SequenceSamples:
         """The samples of a split, one at a time or as batches."""
@@ -137,5 +143,5 @@ class SequenceDataModule(PackedDataModule):
         return super().train_sizes()
 
     def fixed_settings(self) -> dict[str, str]:
-        """Windows and their length."""
-        return {"windows": self.windows, "length": str(self.length)}
+        """Windows, their length and crop."""
+        return {"windows": self.windows, "length": str(self.length), "train_crop": self.train_crop}

@@ -161,6 +161,18 @@ def test_a_change_of_length_is_for_whole_recordings(tmp_path: Path) -> None:
         list(data.train_dataloader())
 
 
+def test_training_may_crop_as_evaluation_does(tmp_path: Path) -> None:
+    pack(tmp_path / "packed", [400, 400, 40, 40], Storage(8000), ["train", "train", "val", "val"])
+    heads = [noise(n, 400)[0, :50] for n in (0, 1)]
+    for train_crop, same in (("same", True), ("random", False)):
+        data = AudioDataModule(str(tmp_path / "packed"), batch_size=2, length=50, train_crop=train_crop)
+        (batch,) = data.train_dataloader()
+        found = [any(np.array_equal(row, head) for head in heads) for row in batch["raw"].numpy()]
+        assert all(found) == same
+    with pytest.raises(ValueError, match="train_crop is 'head'; it can be random or same"):
+        AudioDataModule(str(tmp_path / "packed"), train_crop="head")
+
+
 # folders and torchaudio's lists
 
 
