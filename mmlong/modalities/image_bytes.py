@@ -46,7 +46,9 @@ class ImageBytesModality(PixelModality):
             TypeError, ValueError: see :meth:`~mmlong.modalities.pixels.PixelModality.unroll`.
         """
         codes = self.unroll(raw, lengths, resets).flatten(1).long()
-        return codes, Layout(grid=(*self.size, self.image[0]), order=f"pixels:{self.order}")
+        # The same order as pixels:raster, by the name that everybody knows.
+        order = "raster" if self.order == "raster" else f"pixels:{self.order}"
+        return codes, Layout(grid=(*self.size, self.image[0]), order=order)
 
     def decode(self, tokens: Tensor, layout: Layout | None = None) -> Tensor:
         """Codes ``(B, H * W * C)`` back to uint8 ``(B, C, H, W)``.
