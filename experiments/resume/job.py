@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from mmlong.training.checkpoints import AtomicCheckpointIO, newest_whole
+from mmlong.training.checkpoints import AtomicCheckpointIO, newest_whole, read_checkpoint
 from mmlong.training.rng import RNGStateCallback
 
 SIDE = 16
@@ -109,8 +109,14 @@ def main() -> None:
     )
     trainer.fit(net, data, ckpt_path=checkpoint, weights_only=True)
     if trainer.is_global_zero:
+        # The weights of the last checkpoint, as the command line takes them. A run that was killed after its last step trains no more, and Lightning then
+        # does not put the averaged weights in their place.
+        last, _ = newest_whole(args.run)
+        assert last is not None
         partial_file = args.run / "final.partial"
-        save_file({name: value.contiguous() for name, value in net.state_dict().items()}, partial_file)
+        save_file(
+            {name: value.contiguous() for name, value in read_checkpoint(last)["state_dict"].items()}, partial_file
+        )
         os.replace(partial_file, args.run / "final.safetensors")
 
 
