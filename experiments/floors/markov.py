@@ -4,7 +4,7 @@
 
 Bits a base on the held-out test stretch, for orders 1 to 16, in two ways of giving a probability to what was never seen:
 
-- ``add``: ``(n(c, x) + a) / (n(c) + 4 a)``, each order by itself;
+- ``add``: ``(n(c, x) + a / 4) / (n(c) + a)``, each order by itself;
 - ``back-off``: ``(n(c, x) + a p(x | shorter c)) / (n(c) + a)``, each order on top of whichever lower one serves it best (Dirichlet smoothing, MacKay and Peto 1995).
 
 ``a``, and the order below, are chosen for each order on the validation stretch, and so is whether the other strand of the training stretches is counted too. The floor is the

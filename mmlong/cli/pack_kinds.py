@@ -102,13 +102,45 @@ def _audio_options(group: Parser) -> None:
     group.add_argument("--float", action="store_true", help="store float32 (default: 16 bits)")
 
 
+# genome
+
+
+def _fasta(args: argparse.Namespace) -> SequenceSource:
+    from mmlong.datamodules.genome_files import fasta_source
+
+    return fasta_source(args.paths[0], args.bed, args.labels, args.licence)
+
+
+def _npz(args: argparse.Namespace) -> SequenceSource:
+    from mmlong.datamodules.genome_files import npz_source
+
+    if args.labels is not None or args.bed is not None:
+        raise ValueError("an npz holds its labels and whole sequences; --labels and --bed are for FASTA")
+    return npz_source(args.paths[0], args.licence)
+
+
+def _genome_options(group: Parser) -> None:
+    group.add_argument(
+        "--bed",
+        metavar="BED",
+        help="intervals of a FASTA to pack (default: whole records); --labels is then by interval",
+    )
+
+
 KINDS: dict[str, Kind] = {
     "image": Kind("image", _image, "a folder of images"),
     "text": Kind("text", _text, "a text file, or a folder of them"),
     "jsonl": Kind("text", _jsonl, "a JSONL, a text in each line"),
     "audio": Kind("audio", _audio, "a folder of sounds"),
+    "fasta": Kind("genome", _fasta, "a FASTA of DNA; --labels is a CSV of name,label[,split]"),
+    "npz": Kind("genome", _npz, "an npz of DNA sequences and labels"),
 }
-OPTIONS: dict[str, Callable[[Parser], None]] = {"image": _image_options, "text": _text_options, "audio": _audio_options}
+OPTIONS: dict[str, Callable[[Parser], None]] = {
+    "image": _image_options,
+    "text": _text_options,
+    "audio": _audio_options,
+    "genome": _genome_options,
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> Mapping[str, list[argparse.Action]]:

@@ -23,6 +23,7 @@ from mmlong.datamodules.records import SequenceSource
 from mmlong.datamodules.relatives import duplicate_groups, overlap_groups, related_groups, strand_key
 from mmlong.datamodules.splits import split_items
 
+from mmlong.cli.pack import run_pack
 from mmlong.modalities.genome import complement_letters
 
 CHR1 = "ACGTTGCANNacgtRYACGTACGTTTTTCCCCAGAGAGAG"
@@ -157,6 +158,29 @@ def test_bad_letters_in_npz(tmp_path: Path) -> None:
     np.savez(tmp_path / "s.npz", sequences=np.array(["ACGT", "AC-T"]))
     with pytest.raises(BadSampleError, match=r"s.npz \[sequence 1\]: '-' at base 2 is no nucleotide"):
         loaded(npz_source(tmp_path / "s.npz"))
+
+
+def test_command_line(fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bed, table, out = tmp_path / "a.bed", tmp_path / "t.csv", tmp_path / "out"
+    bed.write_text("chr1\t0\t9\tone\nchr1\t12\t30\ttwo\nchr2\t0\t18\tthree\t0\t-\n")
+    table.write_text("name,label,split\none,a,train\ntwo,b,train\nthree,a,test\n")
+    assert run_pack(["fasta", str(fasta), str(out), "--bed", str(bed), "--labels", str(table)]) == 0
+    said = capsys.readouterr().out
+    assert "train 2" in said
+    assert "test 1" in said
+    assert "label label: a, b" in said
+    assert verify(out) == []
+    batch = next(iter(GenomeDataModule(str(out), batch_size=2).test_dataloader()))
+    assert texts(batch) == [other_strand(CHR2)]
+    np.savez(tmp_path / "s.npz", sequences=np.array(["ACGT", "GGTT"]))
+    assert (
+        run_pack(["npz", str(tmp_path / "s.npz"), str(tmp_path / "out2"), "--split", "val=0", "--split", "test=0"]) == 0
+    )
+    assert run_pack(["npz", str(tmp_path / "s.npz"), str(tmp_path / "out3"), "--labels", str(table)]) == 1
+    assert "--labels and --bed are for FASTA" in capsys.readouterr().err
+    bed.write_text("chr1\t0\t99\n")
+    assert run_pack(["fasta", str(fasta), str(tmp_path / "out4"), "--bed", str(bed)]) == 1
+    assert "a.bed [line 1]: 0-99 goes beyond the end of 'chr1', which has 40 bases" in capsys.readouterr().err
 
 
 # Relatives
