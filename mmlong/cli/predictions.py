@@ -12,10 +12,9 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes what a classifier's ``predict_step`` gives, batch by batch; the file has its name only when it is complete.
+    """Writes what a task says of each sample, batch by batch; the file has its name only when it is complete.
 
-    Columns: ``index`` (sample id in the split), ``truth``, ``prediction`` (class names), ``probability`` of the prediction.
-    With several ranks each writes its own ``predictions.rankN.csv``.
+    The columns are the task's (``prediction_rows``), ``index``, the sample's id in the split, the first. With several ranks each writes its own ``predictions.rankN.csv``.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -24,14 +23,14 @@ class PredictionWriter(BasePredictionWriter):
         self.path = folder / "predictions.csv"
         self.rows = 0
         self._file: Any = None
+        self._writer: csv.DictWriter[str] | None = None
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the file."""
         if trainer.world_size > 1:
             self.path = self.folder / f"predictions.rank{trainer.global_rank}.csv"
         self._file = open(self._partial, "w", newline="", encoding="utf-8")  # noqa: SIM115 - closed at the end
-        self._writer = csv.writer(self._file)
-        self._writer.writerow(["index", "truth", "prediction", "probability"])
+        self._writer = None
 
     @property
     def _partial(self) -> Path:
@@ -42,12 +41,11 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int, dataloader_idx: int,
     ) -> None:  # fmt: skip
         """Append a batch."""
-        names = pl_module.class_names or [str(number) for number in range(pl_module.num_classes)]
-        chance, guess = prediction["probability"].max(-1)
-        for index, true, said, sure in zip(
-            prediction["index"].tolist(), prediction["label"].tolist(), guess.tolist(), chance.tolist(), strict=True
-        ):
-            self._writer.writerow([index, names[true], names[said], f"{sure:.6f}"])
+        for row in pl_module.prediction_rows(prediction):
+            if self._writer is None:
+                self._writer = csv.DictWriter(self._file, list(row))
+                self._writer.writeheader()
+            self._writer.writerow(row)
             self.rows += 1
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -164,3 +165,19 @@ class Task(pl.LightningModule):
         if "weight" in batch:
             return batch["weight"] > 0
         return torch.ones(batch["raw"].shape[0], dtype=torch.bool, device=batch["raw"].device)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """``index`` ``(B,)`` of the samples that count, and what the objective says of each: ``prediction`` ``(B, K)`` unless a task says more."""
+        raise ValueError(f"{type(self).__name__} says nothing of a sample as a whole, so there is nothing to predict")
+
+    def prediction_rows(self, predicted: dict[str, Tensor]) -> Iterator[dict[str, Any]]:
+        """Rows of ``predictions.csv``, by column, from what :meth:`predict_step` gave."""
+        for index, values in zip(predicted["index"].tolist(), predicted["prediction"].tolist(), strict=True):
+            yield {
+                "index": index,
+                **{name: f"{value:.6g}" for name, value in zip(self.value_names(len(values)), values, strict=True)},
+            }
+
+    def value_names(self, count: int) -> list[str]:
+        """Names of the columns of ``count`` predicted numbers."""
+        return [f"value{number}" for number in range(count)]

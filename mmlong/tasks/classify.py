@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -111,3 +112,12 @@ class ClassifyTask(LabelledTask):
         keep = self.counted(batch)
         probability = torch.softmax(self._predict(*self.encode(batch)), -1)
         return {"index": batch["index"][keep], "label": batch["label"][keep], "probability": probability[keep]}
+
+    def prediction_rows(self, predicted: dict[str, Tensor]) -> Iterator[dict[str, Any]]:
+        """``truth`` and ``prediction`` by name, and the ``probability`` of the prediction."""
+        names = self.class_names or [str(number) for number in range(self.num_classes)]
+        chance, guess = predicted["probability"].max(-1)
+        for index, true, said, sure in zip(
+            predicted["index"].tolist(), predicted["label"].tolist(), guess.tolist(), chance.tolist(), strict=True
+        ):
+            yield {"index": index, "truth": names[true], "prediction": names[said], "probability": f"{sure:.6f}"}

@@ -25,3 +25,12 @@ class MultiLabelTask(LabelledTask):
     def measure(self, metrics: MetricCollection, prediction: Tensor, target: Tensor) -> None:
         """Count chances, not logits: torchmetrics takes logits that happen to lie between 0 and 1 for chances."""
         metrics.update(prediction.sigmoid(), target.long())
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Sample ids and the chance of every label ``(B, K)``, of the samples that count."""
+        keep = self.counted(batch)
+        return {"index": batch["index"][keep], "prediction": self._predict(*self.encode(batch))[keep].sigmoid()}
+
+    def value_names(self, count: int) -> list[str]:
+        """The labels' names, where the data tells them."""
+        return self.class_names or super().value_names(count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -94,3 +95,12 @@ class TagTask(LabelledTask):
         said = self._predict(tokens, layout).argmax(-1)
         lengths = torch.full_like(batch["index"], said.shape[1]) if layout.lengths is None else layout.lengths
         return {"index": batch["index"][keep], "lengths": lengths[keep], "tags": said[keep]}
+
+    def prediction_rows(self, predicted: dict[str, Tensor]) -> Iterator[dict[str, Any]]:
+        """``tags``: the names of a sample's tokens' labels, in order, with blanks between them."""
+        classes = int(self.model.config["head"]["num_classes"])
+        names = self.class_names or [str(number) for number in range(classes)]
+        for index, length, tags in zip(
+            predicted["index"].tolist(), predicted["lengths"].tolist(), predicted["tags"].tolist(), strict=True
+        ):
+            yield {"index": index, "tags": " ".join(names[tag] for tag in tags[:length])}

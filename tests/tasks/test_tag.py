@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from mmlong.backbone import BackboneConfig
 from mmlong.layout import scan_order
-from mmlong.tasks import MultiLabelTask, RegressTask, TagTask
+from mmlong.tasks import MaskedTask, MultiLabelTask, RegressTask, TagTask
 from mmlong.training.optim import OptimConfig
 
 Rows = list[dict[str, torch.Tensor]]
@@ -190,3 +190,26 @@ def test_what_cannot_be_learned_is_refused() -> None:
         task = MultiLabelTask(**options(data_info={"num_classes": 4}))
         b = batch(labelled(dna(2), "index"))
         task.training_step(b, 0)
+
+
+def test_what_is_predicted_is_a_row_a_sample() -> None:
+    rows = with_fillers(dna(6))
+    tag = TagTask(**options(data_info={"num_classes": 2, "class_names": ["other", "after_G"]})).eval()
+    b = batch(labelled(rows, "tags"))
+    found = list(tag.prediction_rows(tag.predict_step(b, 0)))
+    assert [row["index"] for row in found] == list(range(6)), "fillers are no samples"
+    assert [len(row["tags"].split()) for row in found] == b["lengths"][:6].tolist()
+    assert {word for row in found for word in row["tags"].split()} <= {"other", "after_G"}
+    regress = RegressTask(**options(data_info={"num_targets": 2})).eval()
+    numbers = list(regress.prediction_rows(regress.predict_step(b, 0)))
+    wanted = regress(b["raw"], b["lengths"])
+    assert [list(row) for row in numbers] == [["index", "value0", "value1"]] * 6
+    assert float(numbers[4]["value1"]) == pytest.approx(float(wanted[4, 1].detach()), rel=1e-4)
+    several = MultiLabelTask(**options(data_info={"num_classes": 2, "class_names": ["Max", "Myc"]})).eval()
+    chances = list(several.prediction_rows(several.predict_step(b, 0)))
+    assert float(chances[0]["Myc"]) == pytest.approx(
+        float(several(b["raw"], b["lengths"])[0, 1].sigmoid().detach()), rel=1e-4
+    )
+    masked = MaskedTask(**options()).eval()
+    with pytest.raises(ValueError, match="MaskedTask says nothing of a sample as a whole"):
+        masked.predict_step(b, 0)
