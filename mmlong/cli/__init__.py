@@ -17,6 +17,8 @@ train and use (recipes by name or file; several -c are merged, the later wins; a
              mmlong fit -c image/cells256 --ckpt_path last        go on with the newest run
   test       mmlong test -c image/cells256 --ckpt_path last       (also validate)
   predict    mmlong predict -c image/cells256 --ckpt_path last    writes predictions.csv
+  generate   mmlong generate text/stdlib_ar --prompt 'import ' --stream   (also images, sounds, DNA)
+  score      mmlong score text/stdlib_ar FILE                     bits a byte of a file of any length
   recipes    list the packaged recipes
 
 data
@@ -33,7 +35,7 @@ options
 """
 
 TRAINING = ("fit", "validate", "test", "predict")
-COMMANDS = (*TRAINING, "recipes", "pack", "bench", "mixers", "doctor")
+COMMANDS = (*TRAINING, "generate", "score", "recipes", "pack", "bench", "mixers", "doctor")
 
 
 def _dispatch(command: str, rest: list[str]) -> int:
@@ -41,6 +43,10 @@ def _dispatch(command: str, rest: list[str]) -> int:
         from mmlong.cli.train import run_training
 
         return run_training(command, rest)
+    if command in ("generate", "score"):
+        from mmlong.cli import generate
+
+        return generate.run_generate(rest) if command == "generate" else generate.run_score(rest)
     if command == "pack":
         from mmlong.cli.pack import run_pack
 

@@ -1,0 +1,220 @@
+"""``mmlong generate`` and ``mmlong score``: what an autoregressive run makes, and how likely it finds a file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmlong.cli.errors import CommandError
+
+GENERATE = """\
+examples:
+  mmlong generate text/stdlib_ar --length 2000 --prompt 'def main():' --stream
+  mmlong generate RUN --prompt_file voice.wav --prompt_length 4000 --length 8000 --count 4
+  mmlong generate RUN --prompt_file photo.png                 the lower half of a picture
+  mmlong generate RUN --temperature 0.9 --top_p 0.95 --seed 1
+
+RUN is a run folder, a folder of a saved model, or a recipe's name (its newest run).
+"""
+SCORE = """\
+examples:
+  mmlong score text/stdlib_ar mymodule.py
+  mmlong score RUN chromosome.fa.gz --segment 65536
+
+RUN is a run folder, a folder of a saved model, or a recipe's name (its newest run).
+"""
+
+
+def _model(what: str, runs: str) -> tuple[Any, Path]:
+    """The saved autoregressive model of a run, and its folder."""
+    from mmlong.cli.runs import runs_of
+    from mmlong.models import AutoregressiveModel, load_model
+
+    folder = Path(what)
+    if not folder.is_dir():
+        found = [run for run in runs_of(what, Path(runs)) if (run / "model.safetensors").is_file()]
+        if not found:
+            raise CommandError(
+                f"{what}: no such folder, and no finished run of a recipe of this name under {runs}/; train one with `mmlong fit -c {what}`"
+            )
+        folder = found[0]
+    try:
+        model = load_model(folder)
+    except FileNotFoundError as error:
+        raise CommandError(f"{error}. A run has it when its training is over", status=1) from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise CommandError(str(error.args[0]) if error.args else str(error), status=1) from error
+    if not isinstance(model, AutoregressiveModel):
+        raise CommandError(
+            f"{folder} holds a model of kind {model.config.get('kind', 'plain')!r}, which has no next token: train one with mmlong.tasks.AutoregressTask (`mmlong recipes '*_ar'`)",
+            status=1,
+        )
+    return model.eval(), folder
+
+
+def run_generate(argv: list[str]) -> int:
+    """Run ``mmlong generate``; 0 if all is well."""
+    parser = argparse.ArgumentParser(
+        prog="mmlong generate", description="Draw samples from an autoregressive model and write them as files.",
+        epilog=GENERATE, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--length", type=int, help="new tokens (default: 1024, or the rest of a sample of fixed size)")
+    parser.add_argument("--count", type=int, default=1, help="how many samples at once (default 1)")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", help="begin with this text, or these letters of DNA")
+    prompt.add_argument("--prompt_file", type=Path, help="begin with this file (its first record, of FASTA)")
+    parser.add_argument(
+        "--prompt_length", type=int, help="tokens of the file to begin with (default: all; half of a picture)"
+    )
+    parser.add_argument("--resample", action="store_true", help="resample a sound of another rate")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest, always (default 1)")
+    parser.add_argument("--top_k", type=int, help="draw among the k likeliest only")
+    parser.add_argument("--top_p", type=float, help="draw among the likeliest that together have this probability")
+    parser.add_argument("--min_p", type=float, help="draw among those at least this share as likely as the likeliest")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    parser.add_argument(
+        "--stream", action="store_true", help="write a text or sequence to standard output as it is drawn"
+    )
+    parser.add_argument("--out", type=Path, help="folder for the files (default: RUN/generated)")
+    parser.add_argument("--runs", default="runs", help="where run folders are (default: runs)")
+    args = parser.parse_args(argv)
+    from mmlong.datamodules.errors import DataError
+
+    try:
+        return _generate(args)
+    except (DataError, ValueError) as error:
+        raise CommandError(str(error), status=1) from error
+
+
+def _generate(args: argparse.Namespace) -> int:
+    import torch
+
+    from mmlong.generation import generate
+    from mmlong.heads import Sampling
+    from mmlong.samples import write_samples
+
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
+    if args.count < 1 or (args.length is not None and args.length < 1):
+        raise ValueError("--count and --length are at least 1")
+    model, folder = _model(args.run, args.runs)
+    modality = model.modality
+    whole = modality.tokens_per_sample()
+    prompt = _prompt(args, modality, whole)
+    begun = 0 if prompt is None else prompt.shape[1]
+    length = args.length if args.length is not None else (1024 if whole is None else whole - begun)
+    if whole is not None and begun + length != whole:
+        raise ValueError(
+            f"a picture has {whole} tokens: after a prompt of {begun} there are {whole - begun} to draw; leave out --length"
+        )
+    if args.stream and modality.kind not in ("text", "genome"):
+        raise ValueError(f"--stream writes texts and sequences; this model makes {modality.kind}")
+    rows = args.count if prompt is None else 1
+    given = None if prompt is None else prompt.expand(args.count, *prompt.shape[1:]).contiguous()
+
+    def show(token: Any) -> None:
+        sys.stdout.buffer.write(modality.decode(token[:1]).to(torch.uint8).numpy().tobytes())
+        sys.stdout.buffer.flush()
+
+    if args.stream and prompt is not None:
+        show(prompt)
+    begin = time.monotonic()
+    draw = torch.Generator().manual_seed(args.seed)
+    tokens = generate(
+        model, length, given, rows, sampling, draw, on_token=show if args.stream else None
+    )  # fmt: skip
+    seconds = time.monotonic() - begin
+    if args.stream:
+        print(flush=True)
+    files = write_samples(modality, modality.decode(tokens), args.out or folder / "generated")
+    print(
+        f"{args.count * length:,} tokens in {seconds:.1f} s, {1000 * seconds / length:.1f} ms a step of {args.count}; "
+        f"in {files[0].parent}: {', '.join(file.name for file in files)}"
+    )
+    return 0
+
+
+def _prompt(args: argparse.Namespace, modality: Any, whole: int | None) -> Any:
+    """Tokens to begin with, ``(1, L, ...)``, or ``None``."""
+    import torch
+
+    from mmlong.cli.raw_files import read_documents
+
+    if args.prompt is not None:
+        if modality.kind not in ("text", "genome"):
+            raise ValueError(
+                f"--prompt is for texts and sequences; this model makes {modality.kind}: give a --prompt_file"
+            )
+        data = args.prompt.encode("utf-8", "surrogateescape")
+        if not data:
+            raise ValueError("--prompt is empty; leave it out to begin from nothing")
+        return modality.encode(torch.frombuffer(bytearray(data), dtype=torch.uint8)[None])[0]
+    if args.prompt_file is None:
+        return None
+    wanted = args.prompt_length if args.prompt_length is not None else (None if whole is None else whole // 2)
+    if wanted is not None and wanted < 1:
+        raise ValueError("--prompt_length is at least 1")
+    pieces, found = [], 0
+    _, document = next(iter(read_documents(modality, args.prompt_file, args.resample)))
+    for raw in document:
+        pieces.append(modality.encode(raw)[0])
+        found += pieces[-1].shape[1]
+        if wanted is not None and found >= wanted:
+            break
+    if wanted is not None and found < wanted:
+        raise ValueError(f"{args.prompt_file} has {found:,} tokens; --prompt_length asks for {wanted:,}")
+    return torch.cat(pieces, 1)[:, :wanted]
+
+
+def run_score(argv: list[str]) -> int:
+    """Run ``mmlong score``; 0 if all is well."""
+    parser = argparse.ArgumentParser(
+        prog="mmlong score", description="Bits that an autoregressive model needs for files of any length, in bounded memory.",
+        epilog=SCORE, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("files", metavar="FILE", nargs="+", type=Path)
+    parser.add_argument("--segment", type=int, default=16384, help="tokens run at a time (default 16384)")
+    parser.add_argument("--resample", action="store_true", help="resample a sound of another rate")
+    parser.add_argument("--runs", default="runs", help="where run folders are (default: runs)")
+    args = parser.parse_args(argv)
+    from mmlong.datamodules.errors import DataError
+
+    try:
+        return _score(args)
+    except (DataError, ValueError) as error:
+        raise CommandError(str(error), status=1) from error
+
+
+def _score(args: argparse.Namespace) -> int:
+    from mmlong.cli.raw_files import read_documents
+    from mmlong.generation import score
+
+    if args.segment < 1:
+        raise ValueError("--segment is at least 1")
+    model, _ = _model(args.run, args.runs)
+    unit = "number of a pixel" if model.modality.kind == "image" else model.modality.unit
+    bits, numbers = 0.0, 0
+    several = False
+    for path in args.files:
+        for name, pieces in read_documents(model.modality, path, args.resample):
+            tokens = (model.modality.encode(raw)[0] for raw in pieces)
+            found, count = score(model, _cut(tokens, args.segment))
+            several = numbers > 0
+            bits, numbers = bits + found, numbers + count
+            shown = str(path) if name == path.name else f"{path} {name}"
+            print(f"{found / count:.4f} bits a {unit}, {count:,} in all, {found / 8:,.0f} bytes: {shown}", flush=True)
+    if several:
+        print(f"{bits / numbers:.4f} bits a {unit}, {numbers:,} in all, {bits / 8:,.0f} bytes: together")
+    return 0
+
+
+def _cut(tokens: Iterator[Any], segment: int) -> Iterator[Any]:
+    """The same tokens, no piece longer than ``segment``."""
+    for piece in tokens:
+        for start in range(0, piece.shape[1], segment):
+            yield piece[:, start : start + segment]
