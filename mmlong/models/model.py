@@ -135,7 +135,7 @@ class Model(nn.Module):
                 (r"^backbone\.merges\.(\d+)", (99,)),
                 (r"^backbone\.norm", (99999,)),
             ]
-        return {"stem": r"^modality", "blocks": blocks}
+        return {"stem": r"^(?:modality\b|start$|mask$)", "blocks": blocks}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward instead of keeping their activations."""

@@ -23,6 +23,7 @@ from mmlong.training.transfer import (
     differences,
     first_lines,
     load_backbone,
+    with_defaults,
 )
 
 __all__ = ["ArchitectureMismatchError", "Task"]
@@ -154,6 +155,7 @@ class Task(pl.LightningModule):
         self._restored = True
         free = (*(f"backbone.{key}" for key in FREE), "head.dropout")
         there = json.loads(checkpoint.get(CHECKPOINT_CONFIG, "{}"))
+        there["backbone"] = with_defaults(there.get("backbone", {}))
         if differ := differences(there, self.model.config, free, "the checkpoint"):
             raise ArchitectureMismatchError(
                 f"the checkpoint is of another architecture:\n  {first_lines(differ)}\n"

@@ -111,17 +111,23 @@ def read_backbone(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] |
     return _of_backbone(content["state_dict"], f"model.{_PREFIX}"), config, file
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """A backbone's configuration with every default written out and every mixer in its long form."""
+def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """A backbone's configuration with every default written out: an older one does not name settings that came later."""
     known = {field.name for field in dataclasses.fields(BackboneConfig)}
     full = dataclasses.asdict(BackboneConfig(**{key: value for key, value in config.items() if key in known}))
+    return {**full, **config}
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The same with every mixer in its long form."""
 
     def long_form(mixer: Any) -> Any:
         if isinstance(mixer, list):
             return [long_form(one) for one in mixer]
         return {"name": mixer} if isinstance(mixer, str) else mixer
 
-    return {**full, **config, "mixers": long_form(full["mixers"])}
+    full = with_defaults(config)
+    return {**full, "mixers": long_form(full["mixers"])}
 
 
 def load_backbone(backbone: Backbone, path: str | Path) -> Path:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mmlong.mixers import list_mixers
-from mmlong.models import create_model
+from mmlong.models import build_model, create_model
 from mmlong.training.optim import OptimConfig, build_optimizer, optim_hints, parameter_groups, schedule_factor
 
 
@@ -155,3 +155,16 @@ def test_an_unknown_optimiser_or_option_is_answered() -> None:
         build_optimizer(nn.Linear(2, 2), OptimConfig(options={"nesterof": True}), 10)
     optimizer, _ = build_optimizer(nn.Linear(2, 2), OptimConfig(name="sgd", options={"momentum": 0.5}), 10)
     assert optimizer.param_groups[0]["momentum"] == 0.5
+
+
+@pytest.mark.parametrize(("kind", "name"), [("masked", "mask"), ("autoregressive", "start")])
+def test_what_stands_in_for_a_token_belongs_to_the_stem(kind: str, name: str) -> None:
+    direction = "alternate" if kind == "masked" else "causal"
+    net = build_model(
+        {"kind": kind, "modality": {"name": "genome"}, "backbone": {"dim": 8, "direction": direction}, "head": {}}
+    )
+    groups = parameter_groups(net, OptimConfig(lr=1.0, layer_decay=0.5, weight_decay=0.1))
+    found = {id(p): group for group in groups for p in group["params"]}
+    named = dict(net.named_parameters())
+    assert found[id(named[name])]["lr"] == found[id(named["modality.letter.weight"])]["lr"] < 0.1
+    assert found[id(named[name])]["weight_decay"] == 0.0
