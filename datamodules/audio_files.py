@@ -219,13 +219,18 @@ def encode_wav(wave: np.ndarray, storage: Storage) -> bytes:
     return struct.pack("<4sI4s", b"RIFF", 4 + len(chunks) + len(data), b"WAVE") + chunks + data
 
 
-def pack_sound(source: Path | bytes, name: str | Path, storage: Storage) -> bytes:
-    """A sound file as the member that is packed.
+def load_sound(source: Path | bytes, name: str | Path, storage: Storage) -> np.ndarray:
+    """A sound file as a model that was trained on such storage hears it: float32 ``(C, T)``.
 
     Raises:
         BadSampleError: see `read_sound` and `conform`.
     """
-    return encode_wav(conform(read_sound(source, name), storage, name), storage)
+    return conform(read_sound(source, name), storage, name)
+
+
+def pack_sound(source: Path | bytes, name: str | Path, storage: Storage) -> bytes:
+    """A sound file as the member that is packed. Raises as `load_sound`."""
+    return encode_wav(load_sound(source, name, storage), storage)
 
 
 class WavCodec:
