@@ -42,7 +42,7 @@ WHAT = {
     "fit": ("Train a model. Leaves config, metrics, checkpoints, weights and pictures in a run folder.", "; without -c, the run's own config"),
     "validate": ("Measure a trained model on the validation split.", " (needed)"),
     "test": ("Measure a trained model on the test split, and draw what it gets right and wrong.", " (needed)"),
-    "predict": ("Write predictions.csv: index, truth, prediction and probability of each test sample.", " (needed)"),
+    "predict": ("Write predictions.csv: what the model says of each test sample (a classifier: truth, prediction, probability).", " (needed)"),
 }  # fmt: skip
 
 OWN = ("config", "seed_everything", "recipe", "runs", "run_dir", "ckpt_path", "test_after_fit", "best_by",
