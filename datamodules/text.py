@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from .codecs import Bytes
 from .sequences import SequenceDataModule
+from .text_augment import TEXT_CHANGES
 
 
 class TextDataModule(SequenceDataModule):
     """Bytes of text: batches of uint8 ``(B, T)``, every byte as it was in the file.
 
-    Arguments: see `mmlong.datamodules.sequences.SequenceDataModule`. The known sources are ``stdlib``, ``bible`` and ``news``.
+    The arguments are those of `SequenceDataModule`, counted in bytes; ``augment`` takes the changes of
+    `mmlong.datamodules.text_augment`. Known datasets are ``stdlib``, ``bible`` and ``news``.
     """
 
     modality = "text"
+    changes = TEXT_CHANGES
 
     @property
     def codec(self) -> Bytes:

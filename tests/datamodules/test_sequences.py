@@ -279,7 +279,7 @@ def test_settings_that_make_no_sense(make: Make, tmp_path: Path) -> None:
         ({"windows": "stream"}, "a stream is cut into rows: give their length"),
         ({"length": 0}, "a length of 0"),
         ({"crop": "tail"}, "crop is 'tail'"),
-        ({"augment": ["noise"]}, r"there is no 'noise' \(there are none\)"),
+        ({"augment": ["nose"]}, "there is no 'nose'; did you mean 'noise'"),
     ):
         with pytest.raises(ValueError, match=message):
             TextDataModule(str(tmp_path), **options)  # type: ignore[arg-type]
@@ -301,3 +301,36 @@ def test_a_dataset_of_something_else_is_refused(
     change_index(dataset.folder, lambda index: index.pop("numbers"))
     with pytest.raises(BadShardError, match="has no lengths of documents; pack it again"):
         TextDataModule(str(dataset.folder)).train_dataloader()
+
+
+@pytest.mark.parametrize(("change", "share"), [("noise", 0.2), ("blank", 0.3)])
+def test_changes_of_text(make: Make, change: str, share: float) -> None:
+    dataset, _ = make([4000, 4000, 100, 100])
+    options: dict[str, Any] = {"batch_size": 1, "augment": [f"{change}:{share}"], "seed": 3}
+    module = TextDataModule(str(dataset.folder), **options)
+    samples, plain = module.samples("train", True), module.samples("train", False)
+    for sample in range(2):
+        seen = []
+        for epoch in range(3):
+            changed = samples.fetch([(epoch, sample, 1.0)])[0]["raw"][0].numpy()
+            again = TextDataModule(str(dataset.folder), **options).samples("train", True)
+            assert (again.fetch([(epoch, sample, 1.0)])[0]["raw"][0].numpy() == changed).all()
+            before = plain.fetch([(epoch, sample, 1.0)])[0]["raw"][0].numpy()
+            assert len(changed) == len(before)
+            differs = changed != before
+            if len(before) > 1000:
+                assert 0.5 * share < differs.mean() < 1.3 * share
+            if change == "blank":
+                assert set(changed[differs]) <= {ord("_")}
+                words = np.split(before, np.flatnonzero(before <= 32))
+                after = np.split(changed, np.flatnonzero(before <= 32))
+                inside = zip((word[word > 32] for word in words), (word[word > 32] for word in after), strict=True)
+                assert all((now == was).all() or (now == ord("_")).all() for was, now in inside)
+            seen.append(changed.tobytes())
+        assert len(set(seen)) == 3
+    assert (
+        TextDataModule(str(dataset.folder), augment=[f"{change}:0"])
+        .samples("train", True)
+        .fetch([(0, 0, 1.0)])[0]["raw"]
+        == plain.fetch([(0, 0, 1.0)])[0]["raw"]
+    ).all()
