@@ -28,11 +28,11 @@ def picture_task(**options: Any) -> ClassifyTask:
     )
 
 
-def letters_task(**options: Any) -> AutoregressTask:
-    """DNA: integer codes of rows that are longer than any picture."""
+def letters_task(name: str = "genome", **options: Any) -> AutoregressTask:
+    """DNA, or the same letters as bytes: integer codes of rows that are longer than any picture."""
     torch.manual_seed(1)
     options = {"backbone": BackboneConfig(**WIDE), "samples": 0, **options}
-    return AutoregressTask({"name": "genome"}, optim=OptimConfig(lr=0.01, warmup=1), **options)
+    return AutoregressTask({"name": name}, optim=OptimConfig(lr=0.01, warmup=1), **options)
 
 
 def letters(count: int = 12) -> DataLoader[Any]:
@@ -90,18 +90,19 @@ def test_every_form_of_a_trained_backbone_gives_its_weights(
     assert same(weights(backbone), wanted)
 
 
-def test_a_backbone_of_pictures_trains_on_dna_and_is_told(
-    pictures: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("other", ["genome", "text"])
+def test_a_backbone_of_pictures_trains_on_dna_and_bytes_and_is_told(
+    other: str, pictures: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, wanted = pictures
-    task = letters_task(backbone_from=str(folder), freeze_backbone=3)
+    task = letters_task(other, backbone_from=str(folder), freeze_backbone=3)
     stem = task.model.modality.state_dict()
     stem = {key: value.clone() for key, value in stem.items()}
     fit(task, 3, tmp_path)
     assert f"the backbone begins with the weights of {folder / BACKBONE}" in capsys.readouterr().out
     assert same(weights(task.model.backbone), wanted), "held for three steps"
     assert not same(task.model.modality.state_dict(), stem), "the new stem trains"
-    task = letters_task(backbone_from=str(folder), freeze_backbone=3)
+    task = letters_task(other, backbone_from=str(folder), freeze_backbone=3)
     fit(task, 4, tmp_path)
     moved = weights(task.model.backbone)
     assert not same(moved, wanted), "and let go at the fourth"
