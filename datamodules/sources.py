@@ -47,8 +47,8 @@ class ImageSource:
     Attributes:
         name: of the dataset.
         source, licence: for people to read.
-        labels: class names by label field.
-        default_label: the field a task uses unless told.
+        labels: class names by label field; empty for unlabelled images.
+        default_label: the field a task uses unless told; ``None`` for unlabelled images.
         items: the images.
         faults: what could not become an item (a row of a table, say). Packing stops at the first, or skips and counts them.
     """
@@ -57,7 +57,7 @@ class ImageSource:
     source: str
     licence: str
     labels: Mapping[str, tuple[str, ...]]
-    default_label: str
+    default_label: str | None
     items: Sequence[Item]
     faults: Sequence[DataError] = ()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from mmlong.datamodules.errors import BadSampleError, BadShardError, DataError
 from mmlong.datamodules.images import ImageDataModule
 from mmlong.datamodules.indexed import IndexedReader
 from mmlong.datamodules.order import tail
-from mmlong.datamodules.packed import PackedDataset
+from mmlong.datamodules.pack import pack_images
+from mmlong.datamodules.packed import PackedDataset, verify
 from mmlong.datamodules.pixels import encode_png
 from mmlong.datamodules.shards import DatasetWriter
 from PIL import Image
@@ -286,3 +288,20 @@ def test_wrong_arguments(tmp_path: Path, make_packed: Callable[..., PackedDatase
     shutil.rmtree(dataset.folder)
     with pytest.raises(BadShardError, match="is not a packed dataset"):
         ImageDataModule(str(dataset.folder)).setup("fit")
+
+
+@pytest.mark.parametrize("reader", ["indexed", "streaming"])
+def test_images_without_labels(tmp_path: Path, reader: str) -> None:
+    from .conftest import synthetic
+
+    made = synthetic(20)
+    bare = replace(made, labels={}, default_label=None, items=[replace(item, labels={}) for item in made.items])
+    dataset = pack_images(bare, tmp_path / "d", splits={"val": 4})
+    assert verify(dataset.folder) == []
+    module = ImageDataModule(str(dataset.folder), reader=reader, batch_size=3)
+    assert module.info() == {"modality": {"size": [8, 8], "channels": 1}}
+    assert module.class_names == ()
+    for batch in (*module.train_dataloader(), *module.val_dataloader()):
+        assert set(batch) == {"raw", "index", "weight"}
+    with pytest.raises(DataError, match="has no labels"):
+        module.class_weights  # noqa: B018
