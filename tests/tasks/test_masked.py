@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from mmlong.backbone import BackboneConfig
+from mmlong.modalities import MODALITIES
 from mmlong.models import MaskedModel, load_model, save_model
 from mmlong.tasks import MaskedTask, Masking
 from mmlong.tasks.masking import HIDDEN, draw_fates
@@ -27,15 +28,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def task(modality: str = "genome", **options: Any) -> MaskedTask:
+def task(name: str = "genome", **options: Any) -> MaskedTask:
     torch.manual_seed(0)
     settings: dict[str, Any] = {
-        "modality": {"name": modality},
+        "modality": {"name": name},
         "backbone": BackboneConfig(**BOTH),
         "optim": OptimConfig(lr=0.01, warmup=2),
         "masking": Masking(share=0.3, span=2),
         # Classes of the data are none of its business.
-        "data_info": {"modality": OPTIONS.get(modality, {}), "num_classes": 7},
+        "data_info": {"modality": OPTIONS.get(name, {}), "num_classes": 7},
     }
     return MaskedTask(**{**settings, **options})
 
@@ -194,6 +195,27 @@ class _SaveAt(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step == self.step:
             trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("modality", MODALITIES.names())
+def test_every_registered_modality_trains(modality: str) -> None:
+    """Codes and real values, with and without lengths, and documents packed into rows."""
+    for options in MODALITIES[modality].example_options():
+        module = task(modality={"name": modality, **options}, data_info={})
+        model = module.model
+        draw = torch.Generator().manual_seed(5)
+        raw, lengths, resets = model.modality.example(3, 24, draw)
+        model.modality.initialise(raw)
+        b = {"raw": raw, "lengths": lengths, "resets": resets}
+        b = {key: value for key, value in b.items() if value is not None}
+        b["index"] = torch.arange(3)
+        prediction, target, loss, count = module.predicted(b, sample_generators(b["index"], 1))
+        assert target.shape[1] > 0
+        assert prediction.shape[:2] == target.shape[:2]
+        assert (target.ndim == 2) == (model.modality.codes is not None)
+        assert math.isfinite(float(loss.detach()))
+        (loss / count).backward()
+        assert model.mask.grad is not None, options
 
 
 def test_models_that_cannot_are_refused() -> None:
