@@ -32,7 +32,7 @@ def test_a_backbone_goes_from_pictures_to_their_bytes(mmlong: Call, recipe: str)
     }
     text = Path(recipe).read_text().replace("ClassifyTask", "MaskedTask").replace("name: image", "name: image_bytes")
     Path("bytes.yaml").write_text("\n".join(line for line in text.splitlines() if "head:" not in line) + "\n")
-    again = ["fit", "-c", "bytes.yaml", both, "--best_by=val/bits", "--trainer.max_steps=4", "--model.optim.ema=0"]
+    again = ["fit", "-c", "bytes.yaml", both, "--best_by=val/bits", "--trainer.max_steps=4"]
     masked = ["--model.masking.span=3", "--model.masking.lengths=fixed"]
     status, said = mmlong(*again, *masked, f"--model.backbone_from={first}", "--model.freeze_backbone=true")
     assert status == 0, said
