@@ -2,7 +2,7 @@
 
 Each photograph is divided once and for all: the right of it, a quarter or as wide as one crop, is held out, the rest is for training. Held-out crops are the tiles of that part,
 at most `TILES` of each photograph spread from top to bottom, in turn for ``test`` and ``val`` (a photograph with one tile has it in ``test``). Training crops lie anywhere in the
-rest, as many as hold `TRAIN_PIXELS` pixels of each photograph, at places drawn without repetition: a pure function of seed, photograph and side. Whichever crop: every photograph
+rest, as many as hold `TRAIN_PIXELS` pixels of each photograph and at most `TRAIN_CROPS`, at places drawn without repetition: a pure function of seed, photograph and side. Whichever crop: every photograph
 is in training and in the test, and no pixel is in both.
 
 The label says which photograph a crop is of. Hubble and retina were JPEGs before they came here, so their pixels may differ by a level between versions of the decoder.
@@ -25,6 +25,7 @@ from .sources import KNOWN, ImageSource, Item, package_folder
 INSTALL = "pip install --no-deps scikit-image"
 TILES = 12
 TRAIN_PIXELS = 1 << 22
+TRAIN_CROPS = 1024
 LARGEST = 256
 """Side of the largest crop: the narrowest photograph then has as much for training as is held out."""
 
@@ -107,7 +108,7 @@ def places(name: str, side: int, seed: int = 0) -> list[tuple[str, int, int]]:
     key = int.from_bytes(hashlib.sha256(f"{seed}/{name}/{side}".encode()).digest()[:8], "big")
     # Sorting raw Philox words: numpy promises that these never change.
     order = np.argsort(np.random.Philox(key=key).random_raw(across * down), kind="stable")
-    count = max(TRAIN_PIXELS // side**2, 1)
+    count = min(max(TRAIN_PIXELS // side**2, 1), TRAIN_CROPS)
     return found + [("train", int(place) % across, int(place) // across) for place in order[:count]]
 
 

@@ -56,7 +56,10 @@ class AutoregressTask(Task):
         if segment is not None and segment < 1:
             raise ValueError(f"model.segment is {segment}; it is a number of tokens, or null for whole rows")
         info = {key: value for key, value in (data_info or {}).items() if key == "modality"}
-        super().__init__(modality, backbone, head or {}, optim, compile, info, backbone_from, freeze_backbone)
+        own = {"linear_prediction": list(linear_prediction)} if linear_prediction else {}
+        super().__init__(
+            modality, backbone, head or {}, optim, compile, info, backbone_from, freeze_backbone, model_parts=own
+        )
         self.segment = segment
         self.samples = samples
         self.sample_length = sample_length

@@ -111,6 +111,13 @@ def test_trained_tested_and_sampled(tmp_path: Any) -> None:
     assert after == pytest.approx(total / numbers / math.log(2), rel=1e-5)
 
 
+def test_options_reach_the_model() -> None:
+    module = task(linear_prediction=[1, 7], head={"name": "logistic_mixture", "mixtures": 3})
+    assert module.model.config["linear_prediction"] == [1, 7]
+    assert module.generator.linear is not None
+    assert module.model.config["head"] == {"name": "logistic_mixture", "mixtures": 3, "channels": 3, "levels": 256}
+
+
 def test_a_senseless_segment_is_refused() -> None:
     with pytest.raises(ValueError, match=r"model\.segment is 0"):
         task(segment=0)
