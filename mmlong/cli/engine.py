@@ -307,6 +307,7 @@ class Engine:
             "device": str(trainer.strategy.root_device),
             "ranks": trainer.world_size,
             "threads": torch.get_num_threads(),
+            "skipped_samples": sum(getattr(self.cli.datamodule, "skipped", {}).values()),
             "versions": {
                 "python": platform.python_version(),
                 **{name: version(name) for name in ("mmlong", "torch", "lightning")},
@@ -314,6 +315,8 @@ class Engine:
         }
         write_json(self.run_dir / "summary.json", summary)
         lines = []
+        if summary["skipped_samples"]:
+            lines.append(f"skipped bad samples {summary['skipped_samples']:,} times; the log names them")
         if not tested and self.settings.test_after_fit is not None:
             lines.append("not tested: the data has no test split")
         if tested:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from mmlong.datamodules.packed import PackedDataset
 from safetensors.torch import load_file
 
 import mmlong as package
@@ -195,3 +197,22 @@ def test_two_ranks_from_the_command_line(recipe: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 ranks" in done.stdout
     assert json.loads((run_folder() / "summary.json").read_text())["ranks"] == 2
+
+
+def test_a_damaged_sample_stops_the_run_or_is_skipped_and_counted(
+    mmlong: Call, recipe: str, packed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(packed, "damaged")
+    split = PackedDataset("damaged").split("val")
+    data = bytearray(split.shards[0].read_bytes())
+    data[int(split.offset["png"][3]) + 5] ^= 1
+    split.shards[0].write_bytes(data)
+    name = f"{split.shards[0].name} [{split.keys[3]}.png]"
+    status, said = mmlong("fit", "-c", recipe, "--data.dataset=damaged", "--run_dir=stopped")
+    assert status == 1
+    assert f"{name}: damaged: its checksum differs" in said
+    status, said = mmlong("fit", "-c", recipe, "--data.dataset=damaged", "--data.on_bad=skip", "--run_dir=skipped")
+    assert status == 0
+    assert f"skipped a bad sample (1 so far): damaged/{name}: damaged" in caplog.text
+    assert "skipped bad samples 2 times; the log names them" in said  # eight steps, evaluated twice
+    assert json.loads(Path("skipped/summary.json").read_text())["skipped_samples"] == 2
