@@ -16,7 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from mmlong.datamodules.images import ImageDataModule
 from mmlong.datamodules.pack import pack_images
 from mmlong.datamodules.sources import ImageSource, Item
@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mmlong.training.checkpoints import AtomicCheckpointIO, newest_whole, read_checkpoint
+from mmlong.training.resume import ResumeCheckpoint
 from mmlong.training.rng import RNGStateCallback
 
 SIDE = 16
@@ -76,7 +77,6 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--every", type=int, default=3)
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--ema", action="store_true")
     args = parser.parse_args()
@@ -87,9 +87,7 @@ def main() -> None:
     pl.seed_everything(1 if checkpoint is None else 1 + os.getpid(), verbose=False)
     callbacks: list[pl.Callback] = [
         RNGStateCallback(),
-        ModelCheckpoint(
-            args.run, filename="{step}", every_n_train_steps=args.every, save_top_k=-1, save_on_train_epoch_end=False
-        ),
+        ResumeCheckpoint(args.run, seconds=0, keep=1_000_000),
     ]
     if args.ema:
         callbacks.append(EMAWeightAveraging(decay=0.95))

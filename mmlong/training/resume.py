@@ -1,6 +1,6 @@
 """Checkpoints to go on from: now and then, before evaluation, at the end, and when the run is told to stop.
 
-They are named by their step; the newest few are kept. Ctrl-C (or a scheduler's SIGTERM) lets the step in hand finish, since
+They are named by their step; the newest few are kept. Between the batches of one step nothing is saved: the gradient that they have gathered is in no checkpoint. Ctrl-C (or a scheduler's SIGTERM) lets the step in hand finish, since
 half a step is no state to go on from, saves, and stops.
 """
 
@@ -56,6 +56,7 @@ class ResumeCheckpoint(Checkpoint):
         self._saved_at = time.monotonic()
         self._took = 0.0
         self._step = -1
+        self._whole = True
         self._path: Path | None = None
         self._stopping: int | None = None
 
@@ -77,6 +78,7 @@ class ResumeCheckpoint(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen for signals; Lightning has set its own handlers by now."""
         self._step = trainer.global_step
+        self._whole = True
         self._saved_at = time.monotonic()
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGINT, signal.SIGTERM):
@@ -128,7 +130,8 @@ class ResumeCheckpoint(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """At whole optimiser steps: save if it is time, stop if asked."""
-        if trainer.global_step == self._step:
+        self._whole = trainer.global_step != self._step
+        if not self._whole:
             return
         self._step = trainer.global_step
         # Of a large model even rare checkpoints would take much of the time; 0 asks for one at every step all the same.
@@ -154,7 +157,7 @@ class ResumeCheckpoint(Checkpoint):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save before evaluation, which can be long."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._whole:
             self._stop(trainer)
             self._save(trainer)
 
@@ -163,7 +166,7 @@ class ResumeCheckpoint(Checkpoint):
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
         """Stop if asked; the state was saved before evaluation began."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._whole:
             signum = self._agreed(trainer, self.asked or 0)
             if signum:
                 self._stopping = signum
