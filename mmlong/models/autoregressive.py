@@ -24,7 +24,7 @@ from mmlong.heads import LogisticMixtureHead
 from mmlong.layout import Layout, document_index
 from mmlong.mixers import State, require_streaming
 from mmlong.models.linear_prediction import LinearPrediction
-from mmlong.models.model import Config, Model, register_kind
+from mmlong.models.model import Config, Model, register_kind, token_head
 
 
 @register_kind("autoregressive")
@@ -71,9 +71,7 @@ class AutoregressiveModel(Model):
             raise ValueError(
                 f"tokens of {type(modality).__name__} are real numbers without levels and have no probability"
             )
-        # Data that has classes says so to every model; here a class is a code.
-        given = {key: value for key, value in head.items() if key != "num_classes"}
-        return {**known, **given} if given.get("name", known["name"]) == known["name"] else given
+        return token_head(known, head)
 
     def forward_features(
         self, tokens: Tensor, state: State = None, layout: Layout | None = None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmlong.layout import Layout
 from mmlong.mixers import State
-from mmlong.models.model import Config, Model, register_kind
+from mmlong.models.model import Config, Model, register_kind, token_head
 
 
 @register_kind("masked")
@@ -56,9 +56,7 @@ class MaskedModel(Model):
             known: dict[str, Any] = {"name": "categorical", "num_classes": modality.codes}
         else:
             known = {"name": "regress_tokens", "num_classes": modality.channels}
-        # Data that has classes says so to every model; here a class is a code.
-        given = {key: value for key, value in head.items() if key != "num_classes"}
-        return {**known, **given} if given.get("name", known["name"]) == known["name"] else given
+        return token_head(known, head)
 
     def forward_features(
         self, tokens: Tensor, state: State = None, layout: Layout | None = None, hidden: Tensor | None = None

@@ -150,6 +150,18 @@ KINDS: Registry[type[Model]] = Registry("kind of model", group="mmlong.kinds")
 """What a model computes from its parts: ``plain`` is :class:`Model`, each of the others a subclass in a file of its own."""
 
 
+def token_head(known: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The options of a head that predicts tokens.
+
+    Args:
+        known: the head that suits the modality, with what the modality fixes.
+        given: by the configuration; another name takes nothing of ``known``.
+    """
+    # Data that has classes says so to every model; where tokens are predicted, a class is a code.
+    given = {key: value for key, value in given.items() if key != "num_classes"}
+    return {**known, **given} if given.get("name", known["name"]) == known["name"] else given
+
+
 def register_kind(name: str) -> Callable[[type[Model]], type[Model]]:
     """Class decorator that names a kind of model."""
     return KINDS.register(name)

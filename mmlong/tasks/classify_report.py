@@ -71,5 +71,6 @@ class ClassifyReport(pl.Callback):
         shown = (self._wrong + self._right)[:SHOWN]
         if shown:
             images, truth, guesses, sure = zip(*shown, strict=True)
-            mistakes = f"; {len(self._wrong)} mistakes first" if self._wrong else ""
+            count = len(self._wrong)
+            mistakes = f"; {count} mistake{'s' * (count > 1)} first" if count else ""
             draw_predictions(images, truth, guesses, sure, names, folder / "predictions.png", title + mistakes)

@@ -12,31 +12,35 @@ from mmlong.generation import generate, read, score
 from mmlong.heads import GREEDY, Sampling
 from mmlong.layout import Layout
 from mmlong.mixers import MIXERS, list_mixers
-from mmlong.modalities import Modality, register_modality
+from mmlong.modalities import Modality
 from mmlong.modalities.contract import MODALITIES
 from mmlong.models import AutoregressiveModel, build_model, load_model, save_model
 
 CODES = 11
 STREAMING = [name for name in list_mixers() if MIXERS[name].traits.causal and MIXERS[name].traits.streaming]
 
-if "test_codes" not in MODALITIES:
 
-    @register_modality("test_codes")
-    class Codes(Modality):
-        """Codes with learned absolute places, so that a wrong count shows."""
+class Codes(Modality):
+    """Codes with learned absolute places, so that a wrong count shows."""
 
-        codes = CODES
+    codes = CODES
 
-        def __init__(self, dim: int) -> None:
-            super().__init__(dim)
-            self.table = torch.nn.Embedding(CODES, dim)
-            self.where = torch.nn.Embedding(128, dim)
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.table = torch.nn.Embedding(CODES, dim)
+        self.where = torch.nn.Embedding(128, dim)
 
-        def values(self, tokens: torch.Tensor) -> torch.Tensor:
-            return self.table(tokens)
+    def values(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.table(tokens)
 
-        def places(self, index: torch.Tensor | None, length: int) -> torch.Tensor:
-            return self.where(torch.arange(length)[None] if index is None else index.clamp(0, 127))
+    def places(self, index: torch.Tensor | None, length: int) -> torch.Tensor:
+        return self.where(torch.arange(length)[None] if index is None else index.clamp(0, 127))
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For these tests only: other tests loop over what is registered."""
+    monkeypatch.setitem(MODALITIES._entries, "test_codes", Codes)
 
 
 def model(mixer: str = "mamba2", modality: dict[str, Any] | None = None, **head: Any) -> AutoregressiveModel:
