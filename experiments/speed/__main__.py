@@ -109,7 +109,7 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := [name for name in options.names if name not in CONTESTS]:
         parser.error(f"unknown contest {unknown[0]!r}; known: {', '.join(CONTESTS)}")
-    console = Console(stderr=options.json)
+    console = Console(stderr=options.json, width=None if sys.stdout.isatty() else 110)
     results = [contest(name, options, console) for name in options.names or CONTESTS]
     if options.json:
         print(json.dumps(results, indent=2))
