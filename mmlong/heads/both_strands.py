@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmlong.heads.contract import Head, create_head, register_head
 from mmlong.layout import Layout
 
-ORDERED = ("last", "cls")  # pools that read one end of the row, which is the other end of the other strand
+ORDERED = ("last",)  # pools that read one end of the row, which is the other end of the other strand
 
 
 @register_head("both_strands")
@@ -38,7 +38,7 @@ class BothStrandsHead(Head):
         if of == "readout" or options.get("pool") in ORDERED:
             raise ValueError(
                 f"head {of} with {options} reads positions by their order, which is another on the other strand: "
-                "use head classify with pool mean or max"
+                "use head classify with pool mean, max or attention"
             )
         self.head = create_head(of, dim // 2, **options)
         self.per_token = self.head.per_token

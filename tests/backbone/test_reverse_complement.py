@@ -134,7 +134,7 @@ def build(**options: Any) -> Model:
     return Model({**config, **options}).to(F64).eval()
 
 
-@pytest.mark.parametrize("pool", ["mean", "max"])
+@pytest.mark.parametrize("pool", ["mean", "max", "attention"])
 def test_a_model_says_the_same_of_both_strands(pool: str) -> None:
     model = build(head={"name": "both_strands", "of": "classify", "num_classes": 3, "pool": pool})
     assert model.config["modality"]["reverse_complement"]
