@@ -1,6 +1,13 @@
 """`GenomeDataModule`: packed DNA to batches of letters; whole records to classify, or one stream of them to model.
 
-The change ``reverse_complement`` gives a training sample's other strand half the time: DNA is read from either, and what is true of one is true of the other.
+Changes made to a sample on its way into training, each drawn from (seed, epoch, sample id) and nothing else, see `mmlong.datamodules.augment`:
+
+================== ====== ===========================================================================================
+name               amount what it does
+================== ====== ===========================================================================================
+reverse_complement 0.5    the other strand, with this chance: DNA is read from either, and what is true of one is true of the other
+mutate             0.02   each letter becomes A, C, G or T, all alike likely, with this chance
+================== ====== ===========================================================================================
 """
 
 from __future__ import annotations
@@ -22,14 +29,21 @@ def _reverse_complement(letters: np.ndarray, draw: np.random.Generator, amount: 
     return np.frombuffer(complement_letters(letters.tobytes()), np.uint8)
 
 
-GENOME_CHANGES: dict[str, tuple[Change, float]] = {"reverse_complement": (_reverse_complement, 0.5)}
-"""``reverse_complement:P``: the other strand with chance P, 0.5 unless told."""
+def _mutate(letters: np.ndarray, draw: np.random.Generator, amount: float) -> np.ndarray:
+    chosen = draw.random(len(letters)) < amount
+    return np.where(chosen, np.frombuffer(b"ACGT", np.uint8)[draw.integers(4, size=len(letters))], letters)
+
+
+GENOME_CHANGES: dict[str, tuple[Change, float]] = {
+    "reverse_complement": (_reverse_complement, 0.5),
+    "mutate": (_mutate, 0.02),
+}
 
 
 class GenomeDataModule(SequenceDataModule):
     """Letters of DNA: batches of uint8 ``(B, T)``, as they were in the file, padded with N.
 
-    Arguments: see `mmlong.datamodules.sequences.SequenceDataModule`; ``augment`` takes ``reverse_complement``, with a chance (``reverse_complement:0.3``) or half the time.
+    Arguments: see `mmlong.datamodules.sequences.SequenceDataModule`; ``augment`` takes the changes above, e.g. ``[reverse_complement, "mutate:0.05"]``.
     The known sources are ``chromosome``, ``binding``, ``families`` and ``families-transcripts``.
     """
 

@@ -295,6 +295,28 @@ def test_the_other_strand_is_a_function_of_seed_epoch_and_sample(packed: Path) -
         GenomeDataModule(str(packed), augment=["reverse_compliment"])
 
 
+def test_mutations(packed: Path) -> None:
+    plain = GenomeDataModule(str(packed)).samples("train", True)
+    places = [(epoch, sample, 1.0) for epoch in range(20) for sample in range(len(plain))]
+    was = "".join(texts(plain.fetch(places)[0]))
+
+    def changed(amount: str, seed: int = 0) -> str:
+        data = GenomeDataModule(str(packed), augment=[f"mutate{amount}"], seed=seed)
+        return "".join(texts(data.samples("train", True).fetch(places)[0]))
+
+    def share(a: str, b: str) -> float:
+        return float(np.mean([x != y for x, y in zip(a, b, strict=True)]))
+
+    assert changed(":0") == was
+    assert set(changed(":1")) == set("ACGT")
+    assert changed(":0.3") == changed(":0.3") != changed(":0.3", seed=1)
+    # A letter of "ACGTNacgt" that is chosen stays itself one time in four if it is an upper-case base, else never.
+    upper = np.mean([letter in "ACGT" for letter in was])
+    expected = 0.3 * (1 - upper / 4)
+    assert abs(share(was, changed(":0.3")) - expected) < 5 * (0.3 / len(was)) ** 0.5
+    assert 0 < share(was, changed("")) < 0.05
+
+
 def test_a_stream_turns_each_stretch_in_its_place(packed: Path) -> None:
     options: dict[str, Any] = {"windows": "stream", "length": 40}
     plain = GenomeDataModule(str(packed), **options).samples("train", True)
