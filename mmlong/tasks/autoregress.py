@@ -100,7 +100,7 @@ class AutoregressTask(Task):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The loss, in bits."""
         bits = self._bits(batch, "train")
-        self.log("train/loss", bits, batch_size=1)
+        self.log("train/loss", bits, batch_size=1)  # for the curve; the bar shows the bits
         return bits
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

@@ -37,7 +37,8 @@ def draw_curves(rows: list[dict[str, str]], path: Path, title: str) -> bool:
     steps, loss = column(rows, "train/loss")
     if not steps:
         return False
-    val_steps, val_loss = column(rows, "val/loss")
+    bits = column(rows, "train/bits")[0] or column(rows, "val/bits")[0]
+    val_steps, val_loss = column(rows, "val/bits" if bits else "val/loss")
     acc_steps, accuracy = column(rows, "val/accuracy")
     figure, subplots = _figure(7, 6 if acc_steps else 3.6)
     axes = np.atleast_1d(subplots(2 if acc_steps else 1, 1, sharex=True))
@@ -45,7 +46,7 @@ def draw_curves(rows: list[dict[str, str]], path: Path, title: str) -> bool:
     axes[0].plot(steps, smooth(loss, max(len(loss) // 20, 2)), color=INK, linewidth=1.6, label="train, smoothed")
     if val_steps:
         axes[0].plot(val_steps, val_loss, "o-", color=ACCENT, markersize=4, label="validation")
-    axes[0].set_ylabel("loss (nats)")
+    axes[0].set_ylabel("bits" if bits else "loss (nats)")
     axes[0].legend(frameon=False)
     axes[0].set_title(title)
     if acc_steps:

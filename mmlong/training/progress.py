@@ -116,7 +116,12 @@ class RunProgress(ProgressBar):
     def _note(self, trainer: pl.Trainer) -> str:
         parts = []
         metrics = trainer.progress_bar_metrics
-        for key, name in (("train/loss", "loss"), ("val/accuracy", "val accuracy"), ("val/bits", "val bits")):
+        for key, name in (
+            ("train/loss", "loss"),
+            ("train/bits", "bits"),
+            ("val/accuracy", "val accuracy"),
+            ("val/bits", "val bits"),
+        ):
             if key in metrics:
                 parts.append(f"{name} {float(metrics[key]):.3f}")
         if self.meter.rate:
