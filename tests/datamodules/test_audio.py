@@ -99,6 +99,17 @@ def test_a_stream(tmp_path: Path) -> None:
     assert all(np.array_equal(wave, noise(lengths.index(len(wave)), len(wave))[0]) for wave in found)
 
 
+def test_the_streaming_reader_gives_the_same(tmp_path: Path) -> None:
+    pack(tmp_path / "packed", [31, 1, 17, 64, 9, 25], Storage(8000, 2))
+    data = AudioDataModule(str(tmp_path / "packed"), batch_size=2, reader="streaming")
+    for batch in data.train_dataloader():
+        for row in range(2):
+            length = int(batch["lengths"][row]) if "lengths" in batch else batch["raw"].shape[-1]
+            number = [31, 1, 17, 64, 9, 25].index(length)
+            assert np.array_equal(batch["raw"][row, :, :length].numpy(), noise(number, length, 2))
+            assert batch["label"][row] == number % 2
+
+
 CHANGES = [f"{name}:{amount}" if amount else name for name, (_, amount) in SOUND_CHANGES.items()]
 
 
