@@ -5,11 +5,9 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from .listing import Row, class_numbers, labelled_files, list_files
+from .listing import class_numbers, list_files
 from .pixels import SUFFIXES, open_image
 from .sources import ImageSource, Item
-
-__all__ = ["Row", "folder_source", "labelled_files"]
 
 
 def folder_source(folder: str | Path, labels: str | Path | None = None, licence: str = "not stated") -> ImageSource:

@@ -82,20 +82,6 @@ def list_files(
     return listing
 
 
-def labelled_files(
-    folder: str | Path, labels: str | Path | None, suffixes: Collection[str], what: str
-) -> tuple[list[Row], tuple[str, ...]]:
-    """`list_files` for whoever stops at the first fault: the files, and the names of the classes in order.
-
-    Raises:
-        DataError: as `list_files`, or a row of the table that cannot be taken.
-    """
-    listing = list_files(folder, labels, suffixes, what)
-    if listing.faults:
-        raise listing.faults[0]
-    return listing.files, tuple(class_numbers(listing.files, labels or folder))
-
-
 def _from_folders(folder: Path, suffixes: Collection[str], what: str, labelled: bool) -> Listing:
     tops = {path.name for path in folder.iterdir() if path.is_dir()}
     parts: list[tuple[Path, str | None]] = [(folder, None)]
