@@ -258,7 +258,7 @@ class Fasta:
     def header(self, name: str) -> str:
         """A record's whole header, without the ``>``."""
         offset = self._entry(name).offset
-        start = self._data.rfind(b">" + name.encode(), 0, offset)
+        start = self._data.rfind(b"\n>", 0, offset) + 1
         return bytes(self._data[start + 1 : offset]).decode("utf-8", "replace").strip()
 
     def _entry(self, name: str) -> FaiEntry:

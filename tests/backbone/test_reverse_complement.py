@@ -93,6 +93,14 @@ def test_reverse_complement_of_features() -> None:
     rows, both = split_strands(x, layout)
     both.check(6, 9)
     torch.testing.assert_close(join_strands(rows, layout), x)
+    for lengths in (None, layout.lengths):  # coordinates go with their tokens
+        placed = Layout(lengths=lengths, positions=torch.arange(9.0).view(1, 9, 1))
+        _, both = split_strands(x, placed)
+        both.check(6, 9)
+        assert both.positions is not None
+        for row, length in enumerate(rows_of(placed, 3, 9)):
+            assert both.positions[row, :length, 0].tolist() == list(range(length))
+            assert both.positions[3 + row, :length, 0].tolist() == list(range(length))[::-1]
 
 
 BACKBONES: dict[str, dict[str, Any]] = {

@@ -93,6 +93,11 @@ def test_gzipped_is_the_same(tmp_path: Path) -> None:
         Fasta(write(tmp_path, gzip.compress(b""), "none.fa.gz"))
 
 
+def test_headers_are_whole(tmp_path: Path) -> None:
+    fasta = Fasta(write(tmp_path, "\n>a1 of >a1 fame\nAC\n>a the other\nGT\n"))
+    assert [fasta.header(name) for name in ("a1", "a")] == ["a1 of >a1 fame", "a the other"]
+
+
 def test_blank_lines_may_follow_a_record(tmp_path: Path) -> None:
     fasta = Fasta(write(tmp_path, "\n>a\nACGT\nAC\n\n\n>b\nTT\n\n"))
     assert fasta.lengths == {"a": 6, "b": 2}
