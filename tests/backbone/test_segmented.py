@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch import nn
 from mmlong.backbone import Backbone, BackboneConfig, segmented_loss
 from mmlong.heads import CategoricalHead
 from mmlong.layout import Layout
-from mmlong.mixers import list_mixers
+from mmlong.mixers import list_mixers, map_state, state_tensors
 
 
 class ByteModel(nn.Module):
@@ -117,3 +119,93 @@ def test_refuses_a_model_that_sees_both_sides() -> None:
     mixer = create_mixer(list_mixers(bidirectional=True)[0], 16, causal=False)
     with pytest.raises(ValueError, match="training in segments needs a streaming model.*both sides"):
         segmented_loss(mixer, lambda p, s, la: (p[0].sum(), s), [torch.zeros(1, 8, 16)], 4)
+
+
+@pytest.mark.parametrize("keep", [2, 3, 7, 100, "sqrt"])
+def test_states_computed_again_change_no_gradient(keep) -> None:
+    """With dropout: the replay of what was not kept draws the same numbers. To the bit, since the same is computed in the same order."""
+    torch.manual_seed(0)
+    model = ByteModel("mamba2", dropout=0.3).double()
+    codes, targets = torch.randint(11, (2, 3, 65))
+    layout = layouts(65)["packed"]
+
+    def run(keep):
+        model.zero_grad()
+        torch.manual_seed(1)
+        loss, _ = segmented_loss(model, model.step, [codes, targets], 9, layout=layout, keep=keep)
+        loss.backward()
+        after = torch.rand(())
+        return loss, after, [p.grad.clone() for p in model.parameters()]
+
+    (loss, after, expected), (again, after_too, found) = run(1), run(keep)
+    assert torch.equal(loss, again)
+    assert torch.equal(after, after_too)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("keep", "after_forward", "most"), [(1, 15, 16), (4, 3, 7), ("sqrt", 3, 7), (16, 0, 16)])
+def test_so_many_states_are_alive(keep, after_forward: int, most: int) -> None:
+    """Counted by what the step made: 16 segments, of whose 15 incoming states only every k-th is kept."""
+    weight = nn.Parameter(torch.ones(3))
+    made: list[weakref.ref] = []
+    counts: list[int] = []
+
+    class Sum(nn.Module):
+        streaming = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = weight
+
+    def alive() -> int:
+        return sum(ref() is not None for ref in made)
+
+    def step(pieces, state, layout):
+        state = state * 1.5 + (pieces[0].sum(1) * weight)
+        made.append(weakref.ref(state))
+        counts.append(alive())
+        return state.square().sum(), state
+
+    x = torch.randn(2, 32, 3)
+    loss, final = segmented_loss(Sum(), step, [x], 2, state=torch.zeros(2, 3), keep=keep)
+    del final
+    assert alive() == after_forward  # the first of the kept is the caller's, which the step has not made
+    counts.clear()
+    loss.backward()
+    assert max(counts) == most
+
+
+def test_truncated_is_the_gradient_with_the_state_cut() -> None:
+    torch.manual_seed(0)
+    model = ByteModel("mamba2").double()
+    codes, targets = torch.randint(11, (2, 2, 50))
+    _, past = model.step([codes[:, :9], targets[:, :9]], None, None)
+    total, state = 0, past
+    for i in range(0, 50, 20):
+        state = map_state(torch.Tensor.detach, state)
+        loss, state = model.step([codes[:, i : i + 20], targets[:, i : i + 20]], state, None)
+        total = total + loss
+    pieces = (total + sum(t.sum() for t in state_tensors(state))) * 2
+    expected = torch.autograd.grad(pieces, list(model.parameters()), allow_unused=True)
+    found_loss, found_state = segmented_loss(model, model.step, [codes, targets], 20, state=past, truncate=True, keep=2)
+    whole = (found_loss + sum(t.sum() for t in state_tensors(found_state))) * 2
+    torch.testing.assert_close(whole, pieces)
+    found = torch.autograd.grad(whole, list(model.parameters()), allow_unused=True)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_a_gradient_is_asked_for_once() -> None:
+    model = ByteModel("mamba2")
+    codes, targets = torch.randint(11, (2, 1, 8))
+    loss, _ = segmented_loss(model, model.step, [codes, targets], 4)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="compute the loss again"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("keep", [0, -1, True, "half"])
+def test_a_senseless_keep_is_refused(keep) -> None:
+    model = ByteModel("mamba2")
+    with pytest.raises(ValueError, match="keep is .*'sqrt'"):
+        segmented_loss(model, model.step, [torch.zeros(1, 8, dtype=torch.int64)] * 2, 4, keep=keep)
