@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 
 from .errors import ON_BAD, DataError
@@ -249,13 +250,17 @@ class PackedDataModule(pl.LightningDataModule):
                 self.dataset.split("train"), samples, self.batch_size, rank, world, self.seed, self.position,
                 self.num_workers, self._pins(), self._report,
             )  # fmt: skip
-        sizes, batch = self.train_sizes(), self.batch_size * world
         loader = TrainLoader(
-            samples, lambda epoch: epoch_order(sizes, self.seed, epoch, batch, WINDOW), self.batch_size, rank, world,
-            self.position, self.num_workers, self._pins(), self._report,
+            samples, self.train_order(self.batch_size * world), self.batch_size, rank, world, self.position,
+            self.num_workers, self._pins(), self._report,
         )  # fmt: skip
         self._loaders.append(loader)
         return loader
+
+    def train_order(self, batch: int) -> Callable[[int], np.ndarray]:
+        """Epoch -> its sample ids in order, for global batches of ``batch``."""
+        sizes = self.train_sizes()
+        return lambda epoch: epoch_order(sizes, self.seed, epoch, batch, WINDOW)
 
     def train_sizes(self) -> tuple[int, ...]:
         """How many training samples there are in each part of the data that is best read together: in each shard."""

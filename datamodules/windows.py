@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .order import permutation, random_words
+from .order import permutation, random_words, steps_per_epoch
 
 CROPS = ("head", "middle")
 
@@ -107,23 +107,53 @@ class Stream:
     In evaluation the order is the documents' own, the phase 0, and every token comes exactly once: the last row may be
     shorter.
 
+    With ``slots`` rows come in the order in which a state can be carried from one to the next: the stream is parted into as many contiguous stretches as a
+    global batch has places, and place b of every batch reads stretch b from its beginning to its end (`slot_order`). ``rows mod slots`` rows at the two ends of the stream
+    are left out, how many at which end is another number each epoch.
+
     Args:
         lengths: ``(N,)`` tokens of each document, at least 1.
         length: tokens of a row.
         train: order and phase change with the epoch.
         seed: of the run.
+        slots: places of a global batch, in training that carries a state; ``None``: rows in any order.
+
+    Raises:
+        ValueError: arguments that make no sense, or fewer rows than slots.
     """
 
-    def __init__(self, lengths: Sequence[int] | np.ndarray, length: int, train: bool, seed: int = 0) -> None:
+    def __init__(
+        self, lengths: Sequence[int] | np.ndarray, length: int, train: bool, seed: int = 0, slots: int | None = None
+    ) -> None:
         self.lengths = _checked(lengths, length)
         self.length, self.train, self.seed = length, train, seed
         self.total = int(self.lengths.sum())
         self.longest = min(length, self.total)
         self._rows = -(-self.total // length) + (train and self.total > length)
         self._laid: tuple[int, np.ndarray, np.ndarray, int] | None = None
+        self.slots = slots
+        if slots is not None:
+            self._steps = steps_per_epoch(self._rows, slots)
 
     def __len__(self) -> int:
         return self._rows
+
+    def _first(self, epoch: int) -> int:
+        """The row that slot 0 begins with: so many are left out before it."""
+        assert self.slots is not None
+        return int(random_words(1, self.seed, 9, epoch)[0] % np.uint64(self._rows % self.slots + 1))
+
+    def slot_order(self, epoch: int) -> np.ndarray:
+        """Rows of an epoch, batch after batch: ``(steps * slots,)``; needs ``slots``."""
+        steps = np.arange(self._steps)[:, None]
+        return (self._first(epoch) + steps + np.arange(self.slots) * self._steps).reshape(-1)
+
+    def continues(self, epoch: int, sample: int) -> bool:
+        """Whether a row goes on where the row before it in its slot ended; needs ``slots``."""
+        if (sample - self._first(epoch)) % self._steps == 0:
+            return False
+        shift = self._epoch(epoch)[2]
+        return self._start(sample, shift) == self._start(sample - 1, shift) + self.longest
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_laid": None}
@@ -140,14 +170,17 @@ class Stream:
             self._laid = (epoch, order, np.cumsum(self.lengths[order]), shift)
         return self._laid[1:]
 
+    def _start(self, sample: int, shift: int) -> int:
+        """Where in the stream a row begins; in training one that would stick out is moved inwards."""
+        start = sample * self.length - shift
+        return min(max(start, 0), self.total - self.longest) if self.train else start
+
     def pieces(self, epoch: int, sample: int) -> tuple[Piece, ...]:
         """The documents' stretches in one row. Where a piece but the first begins, a document begins."""
         if not 0 <= sample < self._rows:
             raise IndexError(f"row {sample} of {self._rows}")
         order, ends, shift = self._epoch(epoch)
-        start = sample * self.length - shift
-        if self.train:
-            start = min(max(start, 0), self.total - self.longest)
+        start = self._start(sample, shift)
         stop = min(start + self.length, self.total)
         found: list[Piece] = []
         place = int(np.searchsorted(ends, start, side="right"))

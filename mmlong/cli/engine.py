@@ -21,8 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from mmlong.cli.errors import CommandError
 from mmlong.cli.predictions import PredictionWriter
-from mmlong.cli.runs import BEST, CHECKPOINTS, CONFIG, Resumed, new_run, resolve_checkpoint
-from mmlong.cli.train import command_line, write_json
+from mmlong.cli.runs import BEST, CHECKPOINTS, CONFIG, Resumed, command_line, new_run, resolve_checkpoint, write_json
 from mmlong.datamodules.errors import DataError
 from mmlong.models import save_model
 from mmlong.tasks import ArchitectureMismatchError, Task

@@ -131,14 +131,14 @@ def _verify(folder: str) -> int:
 
 def _kinds() -> tuple[str, ...]:
     from mmlong.datamodules.known import MODULES
-    from mmlong.datamodules.sources import KNOWN
+    from mmlong.datamodules.known_images import KNOWN
 
     return (*KINDS, *KNOWN, *MODULES)
 
 
 def _modality(kind: str) -> str | None:
     from mmlong.datamodules.known import MODULES, known_sequences
-    from mmlong.datamodules.sources import KNOWN
+    from mmlong.datamodules.known_images import KNOWN
 
     if kind in KINDS:
         return KINDS[kind].modality
@@ -152,7 +152,8 @@ def _modality(kind: str) -> str | None:
 def _source(args: argparse.Namespace) -> tuple[ImageSource | SequenceSource, dict[str, Any]]:
     """The source, and what a known one fixes of the way it is packed."""
     from mmlong.datamodules.known import MODULES, find_source, known_sequences
-    from mmlong.datamodules.sources import KNOWN, torchvision_source
+    from mmlong.datamodules.known_images import KNOWN
+    from mmlong.datamodules.sources import torchvision_source
 
     if args.kind in KINDS:
         return KINDS[args.kind].source(args), {}

