@@ -155,4 +155,8 @@ class SequenceDataModule(PackedDataModule):
 
     def fixed_settings(self) -> dict[str, str]:
         """Windows, their length and crop."""
-        return {"windows": self.windows + (", carried" if self.carry else ""), "length": str(self.length), "train_crop": self.train_crop}
+        return {
+            "windows": self.windows + (", carried" if self.carry else ""),
+            "length": str(self.length),
+            "train_crop": self.train_crop,
+        }

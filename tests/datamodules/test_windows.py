@@ -111,3 +111,47 @@ def test_arguments_that_make_no_sense() -> None:
         Whole([3], 2, False, 0, "tail")
     with pytest.raises(IndexError, match="row 2 of 2"):
         Stream([3], 2, False).pieces(0, 2)
+
+
+@settings(deadline=None)
+@given(
+    lengths=LENGTHS, length=st.integers(1, 20), slots=st.integers(1, 5), seed=st.integers(0, 3), epoch=st.integers(0, 4)
+)
+def test_slots_read_contiguous_stretches(lengths: list[int], length: int, slots: int, seed: int, epoch: int) -> None:
+    plain = Stream(lengths, length, train=True, seed=seed)
+    if len(plain) < slots:
+        with pytest.raises(ValueError, match="do not fill one global batch"):
+            Stream(lengths, length, train=True, seed=seed, slots=slots)
+        return
+    stream = Stream(lengths, length, train=True, seed=seed, slots=slots)
+    assert len(stream) == len(plain)
+    steps = len(stream) // slots
+    batches = stream.slot_order(epoch).reshape(steps, slots).tolist()
+    chosen = sorted(row for batch in batches for row in batch)
+    assert chosen == list(range(chosen[0], chosen[0] + steps * slots))  # only ends of the stream are left out
+    assert 0 <= chosen[0] <= chosen[-1] < len(stream)
+    # The documents in this epoch's order, as one list of tokens without what the inwards rows repeat.
+    line = list(dict.fromkeys(token for row in range(len(stream)) for token in tokens(stream.pieces(epoch, row))))
+    assert batches == pickle.loads(pickle.dumps(stream)).slot_order(epoch).reshape(steps, slots).tolist()
+    for slot in range(slots):
+        dropped = 0
+        for step in range(steps):
+            row = batches[step][slot]
+            goes_on = stream.continues(epoch, row)
+            if step == 0:
+                assert not goes_on
+                continue
+            before, here = (tokens(stream.pieces(epoch, batches[s][slot])) for s in (step - 1, step))
+            at = line.index(before[-1]) + 1
+            assert goes_on == (line[at : at + len(here)] == here)
+            dropped += not goes_on
+        assert dropped <= 3  # next to the rows that were moved inwards, one at the beginning and up to two at the end
+
+
+def test_slots_leave_out_another_end_each_epoch() -> None:
+    stream = Stream([103], 10, True, 0, slots=4)  # 12 rows, none left out; then 11 rows, 3 left out
+    assert {stream.slot_order(epoch)[0] for epoch in range(9)} == {0}
+    stream = Stream([97], 10, True, 0, slots=4)
+    seen = {row for epoch in range(40) for row in stream.slot_order(epoch).tolist()}
+    assert len(stream) == 11
+    assert seen == set(range(11))
