@@ -1,27 +1,32 @@
 """Autoregressive training: the probability of every token given those before it, always reported in bits.
 
 Bits per number of raw data: per dimension of an image, per sample of sound, per nucleotide, per byte (negative log-likelihood / ln 2 / numbers). With ``segment`` the step is taken in pieces
-with the state carried: the exact gradient with the activations of one piece, and no full-length logits (see :mod:`mmlong.backbone.segmented`).
+with the state carried: the exact gradient with the activations of one piece, and no full-length logits (see :mod:`mmlong.backbone.segmented`). With ``carry`` it is carried on from
+batch to batch of one stream as well (see :mod:`mmlong.tasks.carried`).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from mmlong.backbone import BackboneConfig
-from mmlong.backbone.segmented import segmented_loss
+from mmlong.backbone.segmented import check_keep, segmented_loss
 from mmlong.layout import Layout
 from mmlong.mixers import State
 from mmlong.models import AutoregressiveModel
 from mmlong.tasks.autoregress_report import AutoregressReport
 from mmlong.tasks.base import Task
+from mmlong.tasks.carried import CarriedState, check_bounded
 from mmlong.training.optim import OptimConfig
+
+CARRIED = "mmlong_carried"
+"""Where a checkpoint keeps the state that is carried."""
 
 
 class AutoregressTask(Task):
@@ -32,6 +37,10 @@ class AutoregressTask(Task):
         head: ``{name: ..., option: ...}``; left out, ``categorical`` for codes and ``logistic_mixture`` for numbers.
         linear_prediction: offsets of tokens that move the means of a mixture linearly; see :mod:`mmlong.models.linear_prediction`.
         segment: tokens in a piece of a training or evaluation step; null: the whole row at once.
+        keep: of the states between pieces, keep every so many-th, or ``sqrt``, and compute the others again: for states that are large or grow.
+        truncate: cut the gradient between pieces (truncated back-propagation through time).
+        carry: begin each training batch with the state that the one before left, without its gradient; needs ``data.windows: stream`` and ``data.carry: true``. Evaluation begins every
+            row from nothing: give it long ones (``data.eval_length``).
         samples: how many samples a test draws from the model and leaves in the run folder; 0: none.
         sample_length: tokens in each (a modality of one fixed size knows its own).
     """
@@ -47,6 +56,9 @@ class AutoregressTask(Task):
         compile: bool = False,
         linear_prediction: list[int] | None = None,
         segment: int | None = None,
+        keep: int | Literal["sqrt"] = 1,
+        truncate: bool = False,
+        carry: bool = False,
         samples: int = 4,
         sample_length: int = 1024,
         data_info: dict[str, Any] | None = None,
@@ -55,12 +67,18 @@ class AutoregressTask(Task):
     ) -> None:
         if segment is not None and segment < 1:
             raise ValueError(f"model.segment is {segment}; it is a number of tokens, or null for whole rows")
+        check_keep(keep, "model.keep")
+        if segment is None and (keep != 1 or truncate):
+            raise ValueError("model.keep and model.truncate are about what is between segments: set model.segment too")
         info = {key: value for key, value in (data_info or {}).items() if key == "modality"}
         own = {"linear_prediction": list(linear_prediction)} if linear_prediction else {}
         super().__init__(
             modality, backbone, head or {}, optim, compile, info, backbone_from, freeze_backbone, model_parts=own
         )
-        self.segment = segment
+        if carry:
+            check_bounded(self.model.backbone)
+        self.segment, self.keep, self.truncate = segment, keep, truncate
+        self.carry, self.carried = carry, CarriedState()
         self.samples = samples
         self.sample_length = sample_length
 
@@ -74,8 +92,11 @@ class AutoregressTask(Task):
         prediction, state = self.model(tokens, state, layout)
         return self.model.head.loss(prediction, tokens, layout)[0], state
 
-    def nats(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """``(summed nats, numbers)`` of a batch: what is predicted and how many numbers of raw data that is; rows of weight 0 count nothing."""
+    def nats(self, batch: dict[str, Tensor], carry: bool = False) -> tuple[Tensor, Tensor]:
+        """``(summed nats, numbers)`` of a batch: what is predicted and how many numbers of raw data that is; rows of weight 0 count nothing.
+
+        With ``carry`` it begins with the state that the batch before left, and leaves its own.
+        """
         tokens, layout = self.encode(batch)
         weight = batch.get("weight")
         if weight is not None and (layout.lengths is not None or not bool((weight > 0).all())):
@@ -84,11 +105,18 @@ class AutoregressTask(Task):
         count = tokens.shape[0] * tokens.shape[1] if layout.lengths is None else layout.lengths.sum()
         numbers = torch.as_tensor(count, device=tokens.device) * self.model.modality.channels
         segment = tokens.shape[1] if self.segment is None else self.segment
-        total, _ = segmented_loss(self.model, self._step, [tokens], segment, layout=layout)
+        state: State = None
+        if carry:
+            state, layout = self.carried.before(self.model, tokens, layout, batch.get("continues"))
+        total, state = segmented_loss(
+            self.model, self._step, [tokens], segment, state, layout, keep=self.keep, truncate=self.truncate
+        )
+        if carry:
+            self.carried.after(state, self.counted(batch))
         return total, numbers
 
     def _bits(self, batch: dict[str, Tensor], stage: str) -> Tensor:
-        total, numbers = self.nats(batch)
+        total, numbers = self.nats(batch, self.carry and stage == "train")
         bits = total / numbers.clamp_min(1) / math.log(2)
         evaluating = stage != "train"
         self.log(
@@ -110,6 +138,19 @@ class AutoregressTask(Task):
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Count a batch."""
         self._bits(batch, "test")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """With the state that is carried, of every rank."""
+        super().on_save_checkpoint(checkpoint)
+        if self.carry and (saved := self.carried.saved()) is not None:
+            checkpoint[CARRIED] = saved
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the state that was carried."""
+        super().on_load_checkpoint(checkpoint)
+        self.carried.drop()
+        if self.carry and CARRIED in checkpoint:
+            self.carried.restore(checkpoint[CARRIED], self.trainer.global_rank, self.trainer.world_size)
 
     @property
     def generator(self) -> AutoregressiveModel:
