@@ -18,6 +18,11 @@ DIGITS = (
 )  # spoken digits come in no package: beside the checkout, or not at all
 
 
+def spoken_digits() -> str | None:
+    """Where the Free Spoken Digit Dataset is, if it is."""
+    return os.environ.get("MMLONG_FSDD") or (str(DIGITS) if DIGITS.is_file() else None)
+
+
 @pytest.fixture
 def data(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """One folder of packed data for all workers of the test run."""
@@ -33,8 +38,7 @@ def test_debug_size(name: str, data: Path, tmp_path: Path, mmlong: Call, monkeyp
     monkeypatch.delenv("MMLONG_RUN_DIR", raising=False)
     more = []
     if load_recipes([name])["data"]["init_args"]["dataset"].startswith("fsdd"):
-        source = os.environ.get("MMLONG_FSDD") or (str(DIGITS) if DIGITS.is_file() else None)
-        if source is None:
+        if (source := spoken_digits()) is None:
             pytest.skip(f"the Free Spoken Digit Dataset is neither at {DIGITS} nor named by MMLONG_FSDD")
         more = [f"--data.source_path={source}"]
     status, said = mmlong("fit", "-c", name, "-c", f"{name}.debug", *more)
@@ -57,3 +61,22 @@ def test_debug_size(name: str, data: Path, tmp_path: Path, mmlong: Call, monkeyp
         status, said = mmlong("predict", "--ckpt_path", str(run), *more)
         assert status == 0, said
         assert (run / "predictions.csv").read_text().count("\n") > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["attention", "local", "mamba2", "s4d", "hyena"])
+def test_another_mixer_is_one_word_on_the_command_line(
+    mixer: str, data: Path, tmp_path: Path, mmlong: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipes: dict[str, list[str]] = {"text/news": []}
+    if (source := spoken_digits()) is not None:
+        recipes["audio/digits8k"] = [f"--data.source_path={source}"]
+    for name, more in recipes.items():
+        steps = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_test_batches=1"]
+        status, said = mmlong(
+            "fit", "-c", name, "-c", f"{name}.debug", f"--model.backbone.mixers=[{mixer}]", *steps, *more
+        )
+        assert status == 0, said
+        (run,) = Path("runs", f"{name}.debug").iterdir()
+        assert json.loads((run / "config.json").read_text())["backbone"]["mixers"] == [mixer]
