@@ -60,12 +60,23 @@ class Block(nn.Module):
     def streaming(self) -> bool:
         return bool(self.mixer.streaming)
 
+    def mix(self, x: Tensor, state: State = None, layout: Layout | None = None) -> tuple[Tensor, State]:
+        """The mixer's branch: what is added to ``x``, and the state."""
+        y, state = self.mixer(self.norm1(x), state, layout)
+        return self.drop_path(self.dropout(self.scale1(y))), state
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The feed-forward's branch, of a block that has one."""
+        assert self.ffn is not None
+        assert self.norm2 is not None
+        return self.drop_path(self.dropout(self.scale2(self.ffn(self.norm2(x)))))
+
     def forward(self, x: Tensor, state: State = None, layout: Layout | None = None) -> tuple[Tensor, State]:
         """``(B, L, D)`` to ``(B, L, D)`` and the mixer's state."""
-        y, state = self.mixer(self.norm1(x), state, layout)
-        x = x + self.drop_path(self.dropout(self.scale1(y)))
-        if self.ffn is not None and self.norm2 is not None:
-            x = x + self.drop_path(self.dropout(self.scale2(self.ffn(self.norm2(x)))))
+        y, state = self.mix(x, state, layout)
+        x = x + y
+        if self.ffn is not None:
+            x = x + self.feed(x)
         return x, state
 
 

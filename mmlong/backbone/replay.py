@@ -1,4 +1,4 @@
-"""What a recomputation must repeat beside the code: the random numbers that were drawn and the precision that was set.
+"""What a recomputation inside a backward must know beside the code: the random numbers that were drawn, the precision that was set, and that the parameters are there.
 
 Shared by everything that computes a thing twice instead of keeping it: segments (:mod:`mmlong.backbone.segmented`) and reversible blocks
 (:mod:`mmlong.backbone.reversible`).
@@ -6,11 +6,13 @@ Shared by everything that computes a thing twice instead of keeping it: segments
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import nn
 
 
 class RNG:
@@ -35,3 +37,16 @@ def autocast_as_now(device: str) -> Callable[[], AbstractContextManager[Any]]:
     """
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return lambda: torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+
+def refuse_sharded(module: nn.Module, power: str) -> None:
+    """Raise ``ValueError`` naming ``power`` when FSDP has sharded a module whose gradient is taken inside a backward."""
+    # Whoever sharded a module has imported this; nobody else should pay for it.
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(
+        isinstance(m, fsdp.FSDPModule | fsdp.FullyShardedDataParallel) for m in module.modules()
+    ):
+        raise ValueError(
+            f"{power} cannot train parameters that FSDP has sharded: it gathers them in hooks and not in the graph, so the gradients of what is "
+            "recomputed and differentiated inside the backward would never reach the shards. Use strategy: ddp"
+        )

@@ -20,7 +20,6 @@ Dai et al. 2019) is giving the detached state that one call returns to the next.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mmlong.backbone.replay import RNG, autocast_as_now
+from mmlong.backbone.replay import RNG, autocast_as_now, refuse_sharded
 from mmlong.layout import Layout
 from mmlong.mixers import State, detach_state, rebuild_state, require_streaming, state_tensors
 
@@ -165,18 +164,6 @@ def check_keep(keep: Any, what: str = "keep") -> None:
         )
 
 
-def _refuse_sharded(module: nn.Module) -> None:
-    # Whoever sharded a module has imported this; nobody else should pay for it.
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and any(
-        isinstance(m, fsdp.FSDPModule | fsdp.FullyShardedDataParallel) for m in module.modules()
-    ):
-        raise ValueError(
-            "training in segments cannot train parameters that FSDP has sharded: it gathers them in hooks and not in the graph, so the gradients of a segment, "
-            "which is differentiated inside the backward, would never reach the shards. Use strategy: ddp, or leave segment out"
-        )
-
-
 def segmented_loss(
     module: nn.Module,
     step: Step,
@@ -223,7 +210,7 @@ def segmented_loss(
             total = loss if total is None else total + loss
         assert total is not None
         return total, state
-    _refuse_sharded(module)
+    refuse_sharded(module, "training in segments")
     parameters = [p for p in module.parameters() if p.requires_grad]
     before = state_tensors(state)
     every = math.ceil(math.sqrt(len(bounds))) if keep == "sqrt" else keep

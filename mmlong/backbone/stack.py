@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from mmlong.backbone.block import Block, Merge
 from mmlong.backbone.directions import Direction, create_directed
 from mmlong.backbone.reverse_complement import join_strands, split_strands
+from mmlong.backbone.reversible import ReversibleBlock, reversible_stack
 from mmlong.layout import Layout
 from mmlong.mixers import State
 
@@ -38,6 +39,8 @@ class BackboneConfig:
         drop_path: chance of skipping a branch at the last block, rising linearly with depth.
         layer_scale: initial scale of each branch, or null for none.
         checkpoint: recompute each block's activations in the backward instead of keeping them.
+        reversible: two streams through the blocks, whose activations are recomputed from what comes out, at any depth those of one block; another function than the plain stack's. See
+            :mod:`mmlong.backbone.reversible`.
         reverse_complement: equivariant to the reverse complement of DNA: half of ``dim`` for each strand, with shared weights; see
             :mod:`mmlong.backbone.reverse_complement`.
     """
@@ -53,6 +56,7 @@ class BackboneConfig:
     drop_path: float = 0.0
     layer_scale: float | None = None
     checkpoint: bool = False
+    reversible: bool = False
     reverse_complement: bool = False
 
 
@@ -89,6 +93,10 @@ class Backbone(nn.Module):
         mixers = _per_stage("mixers", config.mixers, stages) if nested else [config.mixers] * stages
         if stages > 1 and config.direction == "causal":
             raise ValueError("a pooled token has seen its whole group: use direction alternate or both with pool")
+        if config.reversible and config.checkpoint:
+            raise ValueError(
+                "backbone.reversible keeps no activations that backbone.checkpoint could spare: set one of them"
+            )
         self.config = config
         self.dim_in, self.num_features = dims[0], dims[-1]
         if config.reverse_complement:
@@ -101,6 +109,7 @@ class Backbone(nn.Module):
                     f"each strand takes half of backbone.dim, which must be even with reverse_complement; got {odd[0]}"
                 )
             dims = [dim // 2 for dim in dims]
+        make = ReversibleBlock if config.reversible else Block
         self.stride = 1
         total, index = sum(depths), 0
         self.stages = nn.ModuleList()
@@ -111,7 +120,7 @@ class Backbone(nn.Module):
                 mixer = create_directed(mixers[s][i % len(mixers[s])], dims[s], config.direction, index)
                 drop_path = config.drop_path * index / max(total - 1, 1)
                 blocks.append(
-                    Block(mixer, dims[s], config.ffn, ratios[s], config.dropout, drop_path, config.layer_scale)
+                    make(mixer, dims[s], config.ffn, ratios[s], config.dropout, drop_path, config.layer_scale)
                 )
                 index += 1
             self.stages.append(blocks)
@@ -185,6 +194,11 @@ class Backbone(nn.Module):
                 length = x.shape[1]
                 x = merge(x, layout)
                 layout = None if layout is None else layout.pool(merge.k, length)
+            if self.config.reversible:
+                here = [next(states) for _ in stage]  # type: ignore[attr-defined]
+                x, after = reversible_stack(list(stage), x, here, layout)  # type: ignore[call-overload]
+                out += after
+                continue
             for block in stage:  # type: ignore[attr-defined]
                 if self.grad_checkpointing and torch.is_grad_enabled():
                     x, after = checkpoint(block, x, next(states), layout, use_reentrant=False)
