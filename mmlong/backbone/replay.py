@@ -31,12 +31,10 @@ class RNG:
 
 
 def autocast_as_now(device: str) -> Callable[[], AbstractContextManager[Any]]:
-    """A maker of contexts with the present autocast settings of a device type.
-
-    Without autocast's cache: a weight that was cast while no graph was recorded would be taken from it when one is, and its gradient lost.
-    """
+    """A maker of contexts with the present autocast settings of a device type."""
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return lambda: torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
+    cache = torch.is_autocast_cache_enabled()
+    return lambda: torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)
 
 
 def refuse_sharded(module: nn.Module, power: str) -> None:

@@ -82,7 +82,7 @@ def gradients(module: AutoregressTask, batch: dict[str, torch.Tensor], inside: b
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_gradients_under_autocast(inside: bool) -> None:
-    """Also where the backward is called within autocast, whose cache holds weights cast while no graph was recorded."""
+    """Also where the backward is called within autocast, whose cache may hold weights cast while no graph was recorded."""
     batch = {key: torch.stack([row[key] for row in rows(2)]) for key in ("raw", "index")}
     whole, cut = (gradients(task(segment), batch, inside) for segment in (None, 9))
     for p, a, b in zip(task(None).parameters(), whole, cut, strict=True):
