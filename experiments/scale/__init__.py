@@ -1,0 +1,1 @@
+"""How far training reaches: one exact step on a million tokens and more."""
