@@ -47,9 +47,10 @@ class ReversibleBlock(Block):
         return (x1, x2), state
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """Compile the branches: they are what is called, and called again in the backward."""
-        self.mix = torch.compile(self.mix, *args, **options)  # type: ignore[method-assign]
-        self.feed = torch.compile(self.feed, *args, **options)  # type: ignore[method-assign]
+        """Compile the mixer and the feed-forward: the stack calls the branches and not the block."""
+        self.mixer.compile(*args, **options)
+        if self.ffn is not None:
+            self.ffn.compile(*args, **options)
 
 
 @dataclass

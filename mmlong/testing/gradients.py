@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from mmlong.backbone.segmented import segmented_loss
 from mmlong.layout import Layout
 from mmlong.mixers.state import State, detach_state, state_tensors
 from mmlong.testing.subject import Subject, differentiable
@@ -138,6 +139,57 @@ def segments_give_the_whole_gradient(s: Subject) -> None:
         _, parts = _segmented_gradient(s, module, x, past, layout, weights, sizes)
         for name, expected, found in zip(names, whole, parts, strict=True):
             s.agree(found, expected, f"{what}: gradient of {name} in segments of {sizes} against the whole", tol=1e-8)
+        _dropout_is_replayed(s, module, x, past, layout, weights, what)
+
+
+def _dropout_is_replayed(
+    s: Subject, module: nn.Module, x: Tensor, past: State, layout: Layout | None, weights: Tensor, what: str
+) -> None:
+    """By :func:`mmlong.backbone.segmented_loss` itself, with dropout before and after, and some states computed again.
+
+    Other masks than the whole sequence's are drawn in segments, so it is held against the same segments with their graph kept.
+    """
+    segment = 55
+    dropped = _Dropped(module).train()
+
+    def step(pieces: list[Tensor], state: State, part: Layout | None) -> tuple[Tensor, State]:
+        y, state = s.run(dropped, pieces[0], state, part, f"{what}, with dropout")
+        return (y * pieces[1]).sum(), state
+
+    found = []
+    for kept in (True, False):
+        start, before = x.clone().requires_grad_(), differentiable(past)
+        torch.manual_seed(7)
+        if kept:
+            total, state = torch.zeros((), dtype=x.dtype, device=x.device), before
+            for i in range(0, x.shape[1], segment):
+                stop = min(i + segment, x.shape[1])
+                part = None if layout is None else layout.slice(i, stop)
+                loss, state = step([start[:, i:stop], weights[:, i:stop]], state, part)
+                total = total + loss
+        else:
+            with s.running("training in segments"):
+                total, _ = segmented_loss(dropped, step, [start, weights], segment, before, layout, keep=2)
+        leaves = [start, *_floats(before), *(p for _, p in _parameters(module))]
+        found.append(_filled(torch.autograd.grad(total, leaves, allow_unused=True), leaves))
+    module.eval()
+    for name, expected, given in zip(_names(module, past), *found, strict=True):
+        s.agree(given, expected, f"{what}: gradient of {name} in segments with dropout against the same kept", tol=1e-8)
+
+
+class _Dropped(nn.Module):
+    """Dropout before and after the module under test."""
+
+    streaming = True
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.dropout = nn.Dropout(0.3)
+
+    def forward(self, x: Tensor, state: State = None, layout: Layout | None = None) -> tuple[Tensor, State]:
+        y, state = self.module(self.dropout(x), state, layout)
+        return self.dropout(y), state
 
 
 def _parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -144,3 +144,24 @@ def test_frozen_parts_and_a_refusal() -> None:
     assert given == {name for name, p in net.named_parameters() if p.requires_grad}
     with pytest.raises(ValueError, match="set one of them"):
         backbone(checkpoint=True)
+
+
+@pytest.mark.slow
+def test_compiled() -> None:
+    """What is compiled is what the stack calls."""
+    net = backbone(depth=1, mixers=["local"], dropout=0.3)
+    x = torch.randn(2, 16, 16, dtype=torch.float64)
+    results, calls = [], []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        calls.append(graph)
+        return graph.forward
+
+    for compiled in (False, True):
+        if compiled:
+            for block in net.blocks():
+                block.compile(backend=backend)
+        torch.manual_seed(1)
+        results.append(torch.autograd.grad(net(x)[0].sin().sum(), list(net.parameters())))
+    assert calls
+    close(*results)

@@ -6,6 +6,7 @@ Each fault is :class:`mmlong.testing.example.DecayingSum` with one thing wrong. 
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,20 @@ class CountsItsCalls(Twin):
         self.calls += 1
         y, state = super().mix(x, state, layout)
         return y * (1 + 1e-3 * self.calls), state
+
+
+class NoiseThatIsNotReplayed(Twin):
+    """In training it draws from a generator of its own, which a recomputation cannot put back."""
+
+    breaks = "segments"
+
+    def __init__(self, dim, **options):
+        super().__init__(dim, **options)
+        self.draws = random.Random(0)
+
+    def mix(self, x, state, layout):
+        y, state = super().mix(x, state, layout)
+        return (y * (1 + 0.1 * self.draws.random()) if self.training else y), state
 
 
 class WritesIntoX(Twin):
