@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mmlong.datamodules.order import rank_batch
 from mmlong.datamodules.windows import Piece, Stream, Whole
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
@@ -155,3 +156,15 @@ def test_slots_leave_out_another_end_each_epoch() -> None:
     seen = {row for epoch in range(40) for row in stream.slot_order(epoch).tolist()}
     assert len(stream) == 11
     assert seen == set(range(11))
+
+
+@given(share=st.integers(1, 3), world=st.integers(1, 3), epoch=st.integers(0, 3))
+def test_every_rank_keeps_its_slots(share: int, world: int, epoch: int) -> None:
+    slots = share * world
+    stream = Stream([400, 31, 200], 10, True, 1, slots=slots)
+    order = stream.slot_order(epoch)
+    for rank in range(world):
+        batches = [rank_batch(order, done, slots, rank, world).tolist() for done in range(0, len(order), slots)]
+        assert all(len(batch) == share for batch in batches)
+        for before, after in pairwise(batches):
+            assert after == [row + 1 for row in before]
