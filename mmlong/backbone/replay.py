@@ -46,5 +46,5 @@ def refuse_sharded(module: nn.Module, power: str) -> None:
     ):
         raise ValueError(
             f"{power} cannot train parameters that FSDP has sharded: it gathers them in hooks and not in the graph, so the gradients of what is "
-            "recomputed and differentiated inside the backward would never reach the shards. Use strategy: ddp"
+            "recomputed and differentiated inside the backward would never reach the shards. Use strategy: ddp, or shard the task as a whole and no part of the model"
         )
