@@ -326,6 +326,7 @@ class Engine:
         pictures = [
             name for name in ("loss.png", "confusion.png", "predictions.png") if (self.run_dir / name).is_file()
         ]
+        pictures += sorted(path.name for path in self.run_dir.glob("samples*"))
         lines.append(f"in {self.run_dir}: {', '.join(['summary.json', 'metrics.csv', 'model.safetensors', *pictures])}")
         self._say("\n".join(lines))
 
