@@ -127,6 +127,7 @@ sharded(batch).backward()
 gathered = [p.grad.full_tensor() for p in sharded.parameters()]
 if rank == 0:
     torch.save((found, gathered), f"{folder}/out.pt")
+dist.barrier()  # a rank that leaves while the other still sends can abort in gloo
 dist.destroy_process_group()
 """
 
