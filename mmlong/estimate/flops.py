@@ -1,0 +1,105 @@
+"""Floating-point operations of anything that runs on tensors, counted as it runs: matrix products, convolutions, attention and FFTs.
+
+The formulas are torch's (``torch.utils.flop_counter``: ``2 m n k`` for a product, dense attention whatever its mask), and two kinds that it lacks: attention's CPU
+kernel, and FFTs at the customary ``5 N log2 N`` (half of that from or to real numbers). Elementwise work is not arithmetic that anything waits for; it is counted in
+bytes (:mod:`mmlong.estimate.counting`). Nothing here looks at values, so it counts meta tensors as well.
+
+Operations inside a compiled region or a Triton kernel are not seen: count the model uncompiled, on the portable path.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+_aten: Any = torch.ops.aten
+
+
+def _attention(q: Any, k: Any, v: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(q.shape, k.shape, v.shape))
+
+
+def _attention_backward(dy: Any, q: Any, k: Any, v: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    return int(sdpa_backward_flop_count(dy.shape, q.shape, k.shape, v.shape))
+
+
+def _fft(x: Tensor, dim: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    # Of the longer side: a real transform has half as many complex numbers on its other side.
+    sides = x if x.numel() >= out_val.numel() else out_val
+    points = math.prod(sides.shape[d] for d in dim)
+    both = x.is_complex() and out_val.is_complex()
+    return round((5 if both else 2.5) * sides.numel() * math.log2(max(points, 1)))
+
+
+_RAW: dict[Any, Callable[..., int]] = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    _aten._fft_r2c: _fft,
+    _aten._fft_c2r: _fft,
+    _aten._fft_c2c: _fft,
+}
+"""Formulas for what torch's counter does not know: it knows the GPU kernels of attention only."""
+
+
+def operator_flops(func: Any, args: Any, kwargs: Any, out: Any) -> int | None:
+    """Floating-point operations of one dispatched operator, or ``None`` where it has no formula (elementwise, views, copies)."""
+    packet = getattr(func, "_overloadpacket", None)
+    if packet in _RAW:
+        return _RAW[packet](*args, **kwargs, out_val=out)
+    if packet in flop_registry:
+        return int(flop_registry[packet](*args, **kwargs, out_val=out))
+    return None
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts while it is entered, backward passes and recomputation included.
+
+    Attributes:
+        counts: operator's name -> floating-point operations.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    @property
+    def total(self) -> int:
+        """Of all operators."""
+        return sum(self.counts.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        packet = getattr(func, "_overloadpacket", None)
+        if packet not in _RAW and packet not in flop_registry and isinstance(func, torch._ops.OpOverload):
+            # Inference mode hands over whole compositions (a matmul, a linear): look at what they are made of.
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        out = func(*args, **kwargs)
+        if flops := operator_flops(func, args, kwargs, out):
+            self.counts[packet.__name__] += flops
+        return out
+
+
+def count_flops(fn: Callable[[], Any]) -> int:
+    """Floating-point operations of a call.
+
+    Args:
+        fn: called once; a training step, say: ``lambda: task.training_step(batch, 0).backward()``.
+
+    Returns:
+        Operations of products, convolutions, attention and FFTs; a multiplication and an addition are two.
+    """
+    with FlopCounter() as counter:
+        fn()
+    return counter.total
