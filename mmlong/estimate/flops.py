@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,12 +51,40 @@ _RAW: dict[Any, Callable[..., int]] = {
 
 def operator_flops(func: Any, args: Any, kwargs: Any, out: Any) -> int | None:
     """Floating-point operations of one dispatched operator, or ``None`` where it has no formula (elementwise, views, copies)."""
-    packet = getattr(func, "_overloadpacket", None)
+    packet: Any = getattr(func, "_overloadpacket", None)
     if packet in _RAW:
         return _RAW[packet](*args, **kwargs, out_val=out)
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=out))
     return None
+
+
+_FORM = frozenset(
+    getattr(_aten, name).default
+    for name in (
+        "sym_is_contiguous", "is_contiguous", "is_strides_like_format", "is_non_overlapping_and_dense", "size", "sym_size", "stride",
+        "sym_stride", "storage_offset", "sym_storage_offset", "numel", "sym_numel", "dim",
+    )
+) | {_aten.is_contiguous.memory_format, torch.ops.prim.layout.default}  # fmt: skip
+
+
+def asks_about_form(func: Any) -> bool:
+    """Whether a dispatched operator only asks a tensor for its sizes and strides (fake tensors answer such questions themselves)."""
+    return func in _FORM
+
+
+@cache
+def composed(func: Any) -> bool:
+    """Whether an operator is to be looked at by its parts. Inference mode hands over whole compositions (a matmul, a linear); otherwise autograd has taken them apart."""
+    packet = getattr(func, "_overloadpacket", None)
+    if (
+        packet in _RAW
+        or packet in flop_registry
+        or not isinstance(func, torch._ops.OpOverload)
+        or func.namespace == "prim"
+    ):
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
 class FlopCounter(TorchDispatchMode):
@@ -78,16 +107,14 @@ class FlopCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        packet = getattr(func, "_overloadpacket", None)
-        if packet not in _RAW and packet not in flop_registry and isinstance(func, torch._ops.OpOverload):
-            # Inference mode hands over whole compositions (a matmul, a linear): look at what they are made of.
+        if asks_about_form(func):
+            return NotImplemented
+        if composed(func):
             with self:
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
+                return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
         if flops := operator_flops(func, args, kwargs, out):
-            self.counts[packet.__name__] += flops
+            self.counts[func._overloadpacket.__name__] += flops
         return out
 
 
