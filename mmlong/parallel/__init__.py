@@ -1,0 +1,15 @@
+"""Sequences that lie on several ranks: who holds what, how states travel, and the loss that trains on them."""
+
+from mmlong.parallel.exchange import Chain
+from mmlong.parallel.loss import sequence_parallel_loss
+from mmlong.parallel.mesh import SequenceMesh, check_ranks, piece_bounds, rows_of, take_piece
+
+__all__ = [
+    "Chain",
+    "SequenceMesh",
+    "check_ranks",
+    "piece_bounds",
+    "rows_of",
+    "sequence_parallel_loss",
+    "take_piece",
+]

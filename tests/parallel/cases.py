@@ -1,0 +1,105 @@
+"""What the ranks compute and one process compares: imported by both."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmlong.backbone import Backbone, BackboneConfig
+from mmlong.heads import CategoricalHead
+from mmlong.layout import Layout
+from mmlong.mixers import list_mixers
+
+CODES = 11
+OPTIONS: dict[str, Any] = {"local": {"window": 5}, "masked_conv2d": {"width": 6, "radius": 1}}
+"""Windows that reach from rank to rank."""
+
+
+class ByteModel(nn.Module):
+    """Embedding, two blocks, logits."""
+
+    causal = True
+
+    def __init__(self, mixer: str, dropout: float = 0.0) -> None:
+        super().__init__()
+        mixers = [{"name": mixer, **OPTIONS.get(mixer, {})}]
+        self.embed = nn.Embedding(CODES, 8)
+        self.backbone = Backbone(BackboneConfig(dim=8, depth=2, mixers=mixers, dropout=dropout, drop_path=dropout))
+        self.head = CategoricalHead(8, CODES)
+
+    @property
+    def streaming(self) -> bool:
+        return self.backbone.streaming
+
+    def step(self, pieces: list[Tensor], state: Any, layout: Layout | None) -> tuple[Tensor, Any]:
+        codes, targets = pieces
+        x, state = self.backbone(self.embed(codes), state, layout)
+        return self.head.loss(self.head(x), targets, layout)[0], state
+
+
+def model(mixer: str, dropout: float = 0.0) -> ByteModel:
+    torch.manual_seed(0)
+    return ByteModel(mixer, dropout).double()
+
+
+def data(kind: str, batch: int) -> tuple[list[Tensor], Layout | None]:
+    """Codes and targets, and their layout. ``short`` is so short that the last of four ranks has nothing; of ``even``, pieces are whole segments of 6."""
+    length = {"short": 5, "even": 24}.get(kind, 29)
+    draw = torch.Generator().manual_seed(batch)
+    inputs = list(torch.randint(CODES, (2, batch, length), generator=draw))
+    if kind in ("full", "short"):
+        return inputs, None
+    lengths = torch.tensor([11] if batch == 1 else [length, 17, 3])
+    if kind == "padded":
+        return inputs, Layout(lengths=lengths)
+    resets = torch.zeros(batch, length, dtype=torch.bool)
+    # At a piece's first and last position, at neighbours, and at the very beginning.
+    resets[0, [4, 8]] = True
+    resets[-1, [0, 14, 15, 16]] = True
+    return inputs, Layout(lengths=lengths, resets=resets)
+
+
+CASES = [(kind, batch) for kind in ("full", "padded", "packed", "short") for batch in (1, 3)]
+
+
+def names(mixers: list[str] | None = None) -> Iterator[tuple[str, str, int]]:
+    for mixer in mixers or list_mixers(streaming=True):
+        for kind, batch in CASES:
+            yield mixer, kind, batch
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def start(rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+
+
+def leave() -> None:
+    dist.barrier()  # a rank that leaves while the other still sends can abort in gloo
+    dist.destroy_process_group()
+
+
+def spawn(script: Path, function: Callable[..., None], world: int, folder: Path, seconds: float = 120) -> None:
+    """Run ``function(rank, world, folder)`` of a file in ``world`` processes."""
+    code = (
+        f"import sys; from pathlib import Path; sys.path[:0] = {[str(script.parent)]!r}; import {script.stem} as here; "
+        f"here.{function.__name__}(int(sys.argv[1]), {world}, Path({str(folder)!r}))"
+    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank)], env=env) for rank in range(world)]
+    try:
+        assert [rank.wait(timeout=seconds) for rank in ranks] == [0] * world
+    finally:
+        for rank in ranks:
+            rank.kill()
