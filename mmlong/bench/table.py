@@ -1,0 +1,90 @@
+"""The table of the README in one command: our mixers against their peers, how they grow, the default backbone's training step; and what was aimed at.
+
+The aims are seconds on a machine whose fastest float32 product is ``REFERENCE`` FLOP/s. On another one they are scaled by its own, so that a slower or busier machine is not taken for slower code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mmlong.bench.contest import Subject, against
+from mmlong.bench.report import Report
+from mmlong.bench.rows import Row, growths
+
+REFERENCE = 178e9
+LENGTHS = (16384, 65536, 262144)
+AT = 65536
+"""Where the aims are, and how far peers run."""
+DIM = 256
+GROWTH = 1.05
+STEP_SHARE = 0.5
+STEP_BF16 = 1.5
+
+
+@dataclass(frozen=True)
+class Aim:
+    """Forward and backward of one layer at ``AT`` tokens, ``DIM`` wide, float32.
+
+    Attributes:
+        mixer: ours.
+        peer: in whose comparison; ``None`` for a mixer without a peer.
+        seconds: of the shortest run on the reference machine.
+        memory: bytes above the baseline.
+    """
+
+    mixer: str
+    peer: str | None
+    seconds: float
+    memory: float
+
+
+AIMS = (
+    Aim("mamba2", "mamba2-transformers", 2.2, 2e9),
+    Aim("local", "longformer", 3.5, 3e9),
+    Aim("local", "local-attention", 2.0, 3e9),
+    Aim("s4d", "s5", 2.0, 2.5e9),
+    Aim("hyena", None, 2.5, 3e9),
+)
+
+
+def contests() -> list[list[Subject]]:
+    """Who runs."""
+    return [[Subject(aim.mixer)] if aim.peer is None else against(aim.mixer, aim.peer, {}) for aim in AIMS]
+
+
+def verdicts(report: Report) -> list[tuple[str, str, str, bool]]:
+    """Each aim that this report can answer: ``(what, aimed at, found, holds)``."""
+    peak = report.peaks.get("gemm_fp32")
+    said: list[tuple[str, str, str, bool]] = []
+    for aim in AIMS:
+        row = _row(report, aim)
+        if row is None or not row.best or peak is None:
+            continue
+        seconds = aim.seconds * REFERENCE / peak
+        said.append((f"{row.name}, {AT:,} tokens", f"{seconds:.2f} s", f"{row.best:.2f} s", row.best <= seconds))
+        if row.memory_bytes is not None:
+            found, memory = f"{row.memory_bytes / 1e9:.2f} GB", f"{aim.memory / 1e9:g} GB"
+            said.append((f"{row.name}, memory", memory, found, row.memory_bytes <= aim.memory))
+    for g in growths(report.rows):
+        if g.side == "ours" and g.mode == "both" and len(g.lengths) > 1:
+            what = f"{g.name}, growth from {g.lengths[0]:,} to {g.lengths[-1]:,}"
+            said.append((what, f"length^{GROWTH}", f"length^{g.exponent:.2f}", g.exponent <= GROWTH))
+    steps = {row.dtype: row for row in report.rows if row.kind == "model" and row.best}
+    if "fp32" in steps and (share := steps["fp32"].share(report.peaks)) is not None:
+        name = f"{steps['fp32'].name}: training step"
+        said.append((name, f"{STEP_SHARE:.0%} of GEMM", f"{share:.0%}", share >= STEP_SHARE))
+        if "bf16" in steps:
+            faster = (steps["fp32"].best or 0) / (steps["bf16"].best or 1)
+            said.append((f"{name}, bf16 over fp32", f"{STEP_BF16} times", f"{faster:.2f} times", faster >= STEP_BF16))
+    return said
+
+
+def _row(report: Report, aim: Aim) -> Row | None:
+    for row in report.rows:
+        if (
+            row.settings.get("mixer") == aim.mixer
+            and row.against == aim.peer
+            and (row.side, row.dtype, row.mode, row.length, row.dim) == ("ours", "fp32", "both", AT, DIM)
+        ):
+            return row
+    return None
