@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from mmlong.layout import Layout
 from mmlong.mixers.contract import Mixer, register_mixer
 from mmlong.mixers.state import State
-from mmlong.ops.long_conv import long_conv
+from mmlong.ops.long_conv import least, long_conv
 from mmlong.ops.short_conv import short_conv
 
 TARGET, FAST, SLOW = 1e-2, 0.3, 1.5
@@ -174,7 +174,7 @@ class Hyena(Mixer):
         u, tail = short_conv(self.in_proj(x), self.conv_weight, self.conv_bias, tail, layout)
         *gates, v = u.chunk(self.order + 1, dim=-1)
         seen = 0 if pasts[0] is None else pasts[0].shape[1]
-        filters = self._filters(min(self.max_length, seen + x.shape[1]), dtype)
+        filters = self._filters(least(self.max_length, seen + x.shape[1]), dtype)
         kept = []
         for i in range(self.order - 1):
             v = gates[self.order - 1 - i] * v

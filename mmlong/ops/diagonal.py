@@ -14,6 +14,7 @@ kernel of the whole length (``L x M`` exponentials a channel) nor an FFT is made
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ from mmlong.layout import Layout
 
 CHUNK = 64
 """Tokens a chunk: as many as a channel's state commonly has numbers, which balances the products inside and between chunks."""
+
+SCAN_PASSES = 20
+"""Doubling steps over an unknown number of chunks in an exported program: enough for 2^20 of them, 67 million tokens."""
 
 
 def diagonal_reference(
@@ -82,7 +86,12 @@ def diagonal_recurrence(
         if L == 1 and bare:
             y, h = _one_token(u.to(dtype), lam, c, h, strict)
         else:
-            y, h = _chunked(u.to(dtype), lam, c, h, None if bare else layout, strict, min(chunk or CHUNK, L))
+            unknown = torch.compiler.is_exporting() and not isinstance(L, int)
+            T = (chunk or CHUNK) if unknown else min(chunk or CHUNK, L)
+            if unknown and (layout is None or layout.lengths is None):
+                # The end of a sequence of unknown length lies anywhere in a chunk, as that of a padded row does.
+                layout, bare = replace(layout or Layout(), lengths=torch.full((B,), L, device=u.device)), False
+            y, h = _chunked(u.to(dtype), lam, c, h, None if bare else layout, strict, T)
         return y.to(u.dtype), h
 
 
@@ -133,7 +142,9 @@ def _chunked(
             last = torch.full((B,), L, device=u.device) if ends is None else ends
             ends = torch.where(last > 0, places.gather(1, (last - 1).clamp_min(0)[:, None])[:, 0] + 1, 0)
     length = u.shape[1]
-    n = -(-length // T)
+    n = (length + T - 1) // T
+    if torch.compiler.is_exporting() and not isinstance(length, int):
+        n += 1  # of an unknown number of chunks, 1 would be traced as a special case
     # Channel-major, so that every product below is one batch of matrices a channel.
     major = F.pad(u.permute(2, 0, 1), (0, n * T - length)).reshape(D, B * n, T)
 
@@ -146,7 +157,8 @@ def _chunked(
     write = powers[:, :T].flip(1).reshape(D, T, 2 * M)
 
     left = torch.bmm(major, write).view(D, B, n, M, 2)
-    states = _Carry.apply(left, powers[:, T], h.transpose(0, 1), keep)
+    carry = _carry_scan if torch.compiler.is_exporting() else _Carry.apply
+    states = carry(left, powers[:, T], h.transpose(0, 1), keep)
     entering = states[:, :, :n]
     if keep is not None:
         entering = entering * keep[:, :, None, None]
@@ -197,6 +209,30 @@ def _final(
         window = torch.where(index >= (chunks * T)[:, None], window, 0)
     added = torch.bmm(window, write).view(D, B, M, 2)
     return (_multiply(decay, before) + added).transpose(0, 1).contiguous()
+
+
+def _carry_scan(left: Tensor, a: Tensor, h: Tensor, keep: Tensor | None) -> Tensor:
+    """What :class:`_Carry` does, for an exported program, which has no loop over an unknown number of chunks.
+
+    A scan in doubling steps (Hillis & Steele 1986): after ``k`` of them each place holds the sum of the ``2^k`` chunks before it.
+    """
+    n = left.shape[2]
+    passes = n.bit_length() if isinstance(n, int) else SCAN_PASSES
+    torch._check(n < 1 << passes)
+    total = torch.cat([h[:, :, None], left], 2)
+    factor = a[:, None, None]  # (D, 1, 1, M, 2)
+    across = None if keep is None else F.pad(keep, (1, 0))  # (B, n + 1): whether what came before crosses into it
+    place = torch.arange(n + 1, device=left.device)
+    for step in (1 << k for k in range(passes)):
+        source = (place - step).clamp_min(0)
+        moved = _multiply(factor, total.index_select(2, source))
+        moved = torch.where((place >= step)[:, None, None], moved, 0)
+        if across is not None:
+            moved = moved * across[:, :, None, None]
+            across = across * across.index_select(1, source)
+        total = total + moved
+        factor = _multiply(factor, factor)
+    return total
 
 
 class _Carry(torch.autograd.Function):

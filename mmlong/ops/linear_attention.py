@@ -177,7 +177,9 @@ def _plain(
 ) -> tuple[Tensor, Tensor]:
     """The chunk form over all chunks at once, in operations that autograd and compilers understand."""
     (B, L, H, P), G, dtype = v.shape, k.shape[2], state.dtype
-    C = -(-L // size)
+    C = (L + size - 1) // size
+    if torch.compiler.is_exporting() and not isinstance(L, int):
+        C += 1  # of an unknown number of chunks, 1 would be traced as a special case
     short = C * size - L
     if log_input is None:
         log_input = torch.zeros_like(g)

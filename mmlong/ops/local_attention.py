@@ -54,6 +54,8 @@ def window_in_blocks(q: Tensor, k: Tensor, v: Tensor, visible: Visible, dropout:
     left, right = (S if n is None else n for n in (visible.left, visible.right))
     past = S - L
     block = max(MIN_BLOCK, (left + right) // 2)
+    if torch.compiler.is_exporting():
+        return _blocks_alike(q, k, v, visible, block, left, right, dropout)
     # Blocks all of whose keys exist lie between these queries.
     head = -(-max(0, left - past) // block) * block
     tail = max(0, L - right) // block * block
@@ -86,6 +88,32 @@ def window_in_blocks(q: Tensor, k: Tensor, v: Tensor, visible: Visible, dropout:
     if tail < L:
         parts.append(part(tail, L, past + tail - left, S))
     return torch.cat(parts, dim=2)
+
+
+def _blocks_alike(
+    q: Tensor, k: Tensor, v: Tensor, visible: Visible, block: int, left: int, right: int, dropout: float
+) -> Tensor:
+    """The same for an exported program of any length: the ends are filled up, so that no block is a case of its own."""
+    B, L, S = q.shape[0], q.shape[2], k.shape[2]
+    first, stop = visible.intervals(L, S, q.device)
+    n, width = (L + block - 1) // block, block + left + right
+    if not isinstance(n, int):
+        n += 1  # of an unknown number of blocks, 1 would be traced as a special case
+    short, past = n * block - L, S - L
+    # Keys from `left` before the first query's own to `right` after the last one's, those that there are not as zeros.
+    before = F.pad(torch.stack([first, stop]), (0, short))
+    places = torch.arange(n, device=q.device)[:, None] * block + torch.arange(width, device=q.device) + past - left
+    there = (places >= 0) & (places < S)
+    chosen = places.clamp_min(0).clamp_max(S - 1).flatten()
+    keys, values = (t.index_select(2, chosen).unflatten(2, (n, width)).transpose(1, 2).flatten(0, 1) for t in (k, v))
+    queries = F.pad(q, (0, 0, 0, short)).unflatten(2, (n, block)).transpose(1, 2).flatten(0, 1)
+    firsts, stops = before.unflatten(-1, (n, block)).unbind(0)  # (B or 1, n, block)
+    mask = (places[:, None] >= firsts[..., None]) & (places[:, None] < stops[..., None]) & there[:, None]
+    # A query that fills up a block sees something, whatever it is: softmax over nothing is not a number.
+    mask = mask | (firsts >= stops)[..., None]
+    mask = mask.expand(B, -1, -1, -1).flatten(0, 1)[:, None]
+    y = _sdpa(queries, keys, values, mask, dropout)
+    return y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3).narrow(2, 0, L)
 
 
 def _mask(first: Tensor, stop: Tensor, key: Tensor) -> Tensor:

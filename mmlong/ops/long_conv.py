@@ -66,7 +66,7 @@ def long_conv(
     if past.ndim != 3 or past.shape[0] != B or past.shape[2] != D:
         raise ValueError(f"long_conv: past is {tuple(past.shape)}, expected (B, P, D) = ({B}, P, {D})")
     P = past.shape[1]
-    lags = P + L if reach is None else min(reach, P + L)
+    lags = P + L if reach is None else least(reach, P + L)
     if k.ndim != 2 or k.shape[1] != D or k.shape[0] < lags:
         raise ValueError(f"long_conv: k is {tuple(k.shape)}, expected at least {lags} lags of D = {D} channels")
     with torch.autocast(u.device.type, enabled=False):
@@ -76,13 +76,31 @@ def long_conv(
         padded = torch.cat([past.to(dtype), now], 1) if P else now
         if layout is not None and layout.resets is not None:
             y = _documents(padded, k, layout)
+        elif torch.compiler.is_exporting():
+            y = _in_one(padded, k, L)
         elif L == 1:
             y = _one_token(padded, k)
         else:
             # Inputs out of every lag's reach are not transformed.
             first = max(0, P - k.shape[0] + 1)
             y = _FFTConv.apply(padded[:, first:], k, P - first)
-        return y.to(u.dtype), _after(padded, P, layout, P + L if reach is None else min(P + L, reach - 1))
+        return y.to(u.dtype), _after(padded, P, layout, P + L if reach is None else least(P + L, reach - 1))
+
+
+def least(a: int, b: int) -> int:
+    """The lesser of two lengths, also where an exported program is to find it."""
+    found: Any = torch.sym_min(a, b) if torch.compiler.is_exporting() else min(a, b)
+    return found
+
+
+def _in_one(padded: Tensor, k: Tensor, L: int) -> Tensor:
+    """The outputs at the last ``L`` of ``padded (B, P + L, D)`` in a fixed number of operations, for an exported program of any sizes."""
+    total, M = padded.shape[1], k.shape[0]
+    if isinstance(L, int) and L == 1:
+        return (padded.narrow(1, total - M, M) * k.flip(0)).sum(1, keepdim=True)
+    size = total + M
+    spectrum = _spectrum(padded, size) * _spectrum(k, size)
+    return torch.fft.irfft(spectrum, size).narrow(-1, total - L, L).transpose(1, 2)
 
 
 def _one_token(padded: Tensor, k: Tensor) -> Tensor:

@@ -49,8 +49,12 @@ class Visible:
         ``full``; ``causal`` (no past), ``past`` (causal, with one); ``window``; and, where rows or documents differ, ``ragged``, ``ragged past`` and
         ``ragged window`` (with a past or without).
         """
-        left = None if self.left is None or self.left >= S - 1 else self.left
-        right = None if self.right is None or self.right >= L - 1 else self.right
+        if torch.compiler.is_exporting() and not isinstance(S, int):
+            # Of unknown lengths, a window is one.
+            left, right = self.left, self.right
+        else:
+            left = None if self.left is None or self.left >= S - 1 else self.left
+            right = None if self.right is None or self.right >= L - 1 else self.right
         if left is not None or right not in (None, 0):
             return "ragged window" if self.ragged else "window"
         if self.ragged:
