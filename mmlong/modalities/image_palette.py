@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmlong.layout import Layout
-from mmlong.modalities.contract import register_modality
+from mmlong.modalities.contract import looks, register_modality
 from mmlong.modalities.pixels import PixelModality
 
 SAMPLE = 1 << 16
@@ -36,7 +36,8 @@ def nearest_colour(pixels: Tensor, palette: Tensor) -> Tensor:
     colours = palette.float()
     # |p - c|^2 without |p|^2, which is the same for all colours; integers below 2^24 are exact in float32.
     half = colours.square().sum(1) / 2
-    parts = [(half - part.float() @ colours.T).argmin(1) for part in pixels.split(ROWS)]
+    together = pixels.split(ROWS) if looks() else [pixels]  # an exported program does not know how many there are
+    parts = [(half - part.float() @ colours.T).argmin(1) for part in together]
     return torch.cat(parts) if parts else pixels.new_zeros(0, dtype=torch.int64)
 
 
@@ -131,7 +132,7 @@ class ImagePaletteModality(PixelModality):
     @property
     def initialised(self) -> bool:
         """Whether the palette is there."""
-        return bool(self.fitted)
+        return not looks() or bool(self.fitted)
 
     def initialise(self, raw: Tensor, seed: int = 0) -> None:
         """Fit the palette to images uint8 ``(N, C, H, W)``, unless it is there already; see :func:`fit_palette`."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmlong.layout import Layout
-from mmlong.modalities.contract import Modality, register_modality
+from mmlong.modalities.contract import Modality, looks, register_modality
 
 
 @register_modality("text")
@@ -43,7 +43,7 @@ class TextModality(Modality):
             raise ValueError(f"text is uint8 (B, T) with T >= 1, one byte a token; got {tuple(raw.shape)}")
         layout = Layout(lengths=lengths, resets=resets)
         layout.check(*raw.shape)
-        if lengths is not None and bool(((lengths < 0) | (lengths > raw.shape[1])).any()):
+        if lengths is not None and looks() and bool(((lengths < 0) | (lengths > raw.shape[1])).any()):
             raise ValueError(f"lengths must be 0 .. {raw.shape[1]}, got {lengths.tolist()}")
         valid = layout.valid(raw.shape[1])
         return (raw if valid is None else torch.where(valid, raw, 0)).long(), layout
