@@ -28,6 +28,7 @@ from mmlong.mixers.state import State
 from mmlong.ops.blockwise import blockwise
 from mmlong.ops.gated_norm import gated_rms_norm
 from mmlong.ops.linear_attention import scalar_decay_attention
+from mmlong.ops.linear_attention_backends import LINEAR_ATTENTION
 from mmlong.ops.short_conv import short_conv
 
 BLOCK_ELEMENTS = 1 << 21
@@ -56,6 +57,7 @@ class Mamba2(Mixer):
         ngroups: groups of heads that share B and C, and of channels that share a norm.
         d_conv: taps of the short convolution.
         chunk: tokens a chunk of the recurrence's fast form; ``None`` chooses by the sizes.
+        backend: of the recurrence; see ``mmlong doctor``. ``portable`` keeps convolution and norm to plain torch as well.
 
     Raises:
         ValueError: an inner width, head width and number of groups that do not divide each other.
@@ -81,8 +83,12 @@ class Mamba2(Mixer):
         d_conv: int = 4,
         chunk: int | None = None,
         norm_eps: float = 1e-5,
+        backend: str = "auto",
     ) -> None:
         super().__init__(dim, causal=causal)
+        if backend != "auto":
+            LINEAR_ATTENTION[backend]  # an unknown name is refused now, not at the first batch
+        self.backend, self.side = backend, "portable" if backend == "portable" else "auto"
         inner = round(expand * dim)
         if headdim is None:
             headdim = 64 if inner % 64 == 0 else inner
@@ -163,9 +169,11 @@ class Mamba2(Mixer):
         # Three products instead of one and a split: each result has contiguous rows.
         w_gate, w_conv, w_dt = w_in.split([self.inner, self.conv_dim, self.heads])
         z, u, dt = F.linear(x, w_gate), F.linear(x, w_conv), F.linear(x, w_dt)
-        u, tail = short_conv(u, conv_weight, conv_bias, tail, layout, "silu")
+        u, tail = short_conv(u, conv_weight, conv_bias, tail, layout, "silu", self.side)
         v, k, q = u.split([self.inner, *[self.ngroups * self.d_state] * 2], dim=-1)
         g, log_dt = _discretise(dt, dt_bias, A_log)
+        # Only kernels for GPUs are parametrised by it.
+        rate = None if x.device.type == "cpu" else -A_log.to(g.dtype).exp()
         y, ssm = scalar_decay_attention(
             q.unflatten(-1, (self.ngroups, -1)),
             k.unflatten(-1, (self.ngroups, -1)),
@@ -177,8 +185,10 @@ class Mamba2(Mixer):
             layout,
             self.chunk,
             keep=keep,
+            rate=rate,
+            backend=self.backend,
         )
-        y = gated_rms_norm(y.flatten(2), z, norm_weight, self.ngroups, self.norm_eps)
+        y = gated_rms_norm(y.flatten(2), z, norm_weight, self.ngroups, self.norm_eps, self.side)
         return y, (tail, ssm)
 
 

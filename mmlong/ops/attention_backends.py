@@ -9,13 +9,14 @@
 | `varlen` | torch's variable-length flash attention, for documents in one row | CUDA, half precision |
 | `xformers` | memory-efficient attention of ``mslk`` or ``xformers`` | CUDA |
 
-The last three are taken by name, or where no other can. Measured on a CPU: SDPA's own kernel is the fastest for full and causal attention, tiles for everything that it
+The last three are taken by name, or where no other can; but on CUDA ``flex`` comes first where rows or documents differ and an explicit mask would be too large. Measured on a CPU: SDPA's own kernel is the fastest for full and causal attention, tiles for everything that it
 has no kernel for. Nothing here has been run on a GPU: masks are held against the intervals, and calls against stand-ins.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 from functools import lru_cache
 from typing import Any
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmlong.ops.backends import HALVES, Backend, Backends, Request, cuda_package
+from mmlong.ops.backends import CUDA, HALVES, Backend, Backends, Request, cuda_package
 from mmlong.ops.local_attention import window_in_blocks
 from mmlong.ops.tiled_attention import tiled_attention
 from mmlong.ops.visible import Visible
@@ -59,6 +60,11 @@ def run_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible, dropout: fl
 def _fastest(kind: str, device: str, B: int, L: int, S: int, visible: Visible) -> tuple[str, ...]:
     if kind in ("full", "causal"):
         return ("sdpa", "tiled")
+    if device == "cuda" and visible.ragged and not torch.compiler.is_compiling():
+        # What an explicit mask, or that of all blocks, would take.
+        keys = 2 * sum(S if n is None else n for n in (visible.left, visible.right)) if "window" in kind else S
+        if B * L * keys > GPU_MASK_ELEMENTS:
+            return ("flex", "blocks") if "window" in kind else ("flex", "tiled")
     if "window" in kind and (torch.compiler.is_compiling() or device != "cpu"):
         return ("blocks",)
     if torch.compiler.is_compiling() or (kind == "past" and device == "cuda"):
@@ -261,12 +267,16 @@ def _xformers_there() -> tuple[bool, str]:
     return cuda_package(("mslk", "xformers"), "xformers")
 
 
+def _flex_there() -> tuple[bool, str]:
+    if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
+        return False, "needs triton, not installed"
+    return True, "part of torch"
+
+
 def _cuda_there() -> tuple[bool, str]:
     there = torch.cuda.is_available()
     return there, "part of torch" if there else "torch sees no CUDA device"
 
-
-CUDA = frozenset({"cuda"})
 
 ATTENTION.register(Backend("sdpa", _sdpa, masks=KINDS, dropout=True, note="default for full and causal attention"))
 ATTENTION.register(
@@ -291,8 +301,9 @@ ATTENTION.register(
         dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
         masks=KINDS,
         backward=CUDA,
+        available=_flex_there,
         automatic=False,
-        note="compiled on first use",
+        note="compiled on first use; default on CUDA for many documents or much padding",
     )
 )
 ATTENTION.register(

@@ -7,16 +7,19 @@ until it is asked, whether it is there and why not. ``auto`` takes the first tha
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 HALVES = frozenset({torch.bfloat16, torch.float16})
+CUDA = frozenset({"cuda"})
 
 
 class BackendError(RuntimeError):
@@ -33,6 +36,7 @@ class Request:
         mask: the kind of mask, in the op's own words; empty where it has none.
         dropout: whether weights are dropped.
         backward: whether a gradient is wanted.
+        sizes: what else a backend may ask about, by the op's own names.
     """
 
     device: str
@@ -40,6 +44,7 @@ class Request:
     mask: str = ""
     dropout: bool = False
     backward: bool = False
+    sizes: Mapping[str, int] = field(default_factory=dict, hash=False)
 
 
 def _always() -> tuple[bool, str]:
@@ -58,6 +63,7 @@ class Backend:
         masks: kinds of mask that it takes.
         dropout: can drop weights.
         backward: device types on which it has a gradient; ``None`` for all that it runs on.
+        fits: why it cannot do a request whose device, dtype and mask it takes, e.g. for its sizes, or ``None``.
         available: whether it can be used here, and a reason; called late, so it may look for packages.
         automatic: ``auto`` may take it before one that is; otherwise only if asked by name, or no other can.
         note: for `mmlong doctor`.
@@ -70,6 +76,7 @@ class Backend:
     masks: frozenset[str] = frozenset()
     dropout: bool = False
     backward: frozenset[str] | None = None
+    fits: Callable[[Request], str | None] | None = None
     available: Callable[[], tuple[bool, str]] = _always
     automatic: bool = True
     note: str = ""
@@ -86,6 +93,9 @@ class Backend:
             return "cannot drop attention weights: set dropout to 0"
         if request.backward and self.backward is not None and request.device not in self.backward:
             return f"has no gradient on {request.device}: use it under torch.no_grad()"
+        unfit = None if self.fits is None else self.fits(request)
+        if unfit is not None:
+            return unfit
         there, reason = self.available()
         return None if there else reason
 
@@ -116,6 +126,10 @@ class Backends:
         if name not in self._known:
             raise BackendError(f"{self.op} has no backend {name!r}; it has: auto, {', '.join(self._known)}")
         return self._known[name]
+
+    def portable(self) -> Backend:
+        """The backend ``portable`` without a request, for a device on which an op has no other."""
+        return self._known["portable"]
 
     def choose(self, request: Request, name: str = "auto", order: Sequence[str] = ()) -> Backend:
         """The backend that does this.
@@ -169,21 +183,25 @@ def describe(device: str = "cpu") -> list[dict[str, str]]:
 def taken() -> Iterator[list[tuple[str, str]]]:
     """The ``(op, backend)`` of every choice made inside, in order: for `mmlong doctor`, which runs a mixer and looks.
 
-    It stands in for :meth:`Backends.choose` meanwhile, so that a choice costs nothing more when nobody looks.
+    It stands in for :meth:`Backends.choose` and :meth:`Backends.portable` meanwhile, so that a choice costs nothing more when nobody looks.
     """
     found: list[tuple[str, str]] = []
-    choose = Backends.choose
+    choose, portable = Backends.choose, Backends.portable
 
     def noted(self: Backends, request: Request, name: str = "auto", order: Sequence[str] = ()) -> Backend:
         chosen = choose(self, request, name, order)
         found.append((self.op, chosen.name))
         return chosen
 
-    Backends.choose = noted  # type: ignore[method-assign]
+    def noted_portable(self: Backends) -> Backend:
+        found.append((self.op, "portable"))
+        return portable(self)
+
+    Backends.choose, Backends.portable = noted, noted_portable  # type: ignore[method-assign]
     try:
         yield found
     finally:
-        Backends.choose = choose  # type: ignore[method-assign]
+        Backends.choose, Backends.portable = choose, portable  # type: ignore[method-assign]
 
 
 @lru_cache(maxsize=16)
@@ -200,6 +218,29 @@ def cuda_package(modules: tuple[str, ...], extra: str) -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, f"{found[0]} is installed, but torch sees no CUDA device"
     return True, f"{found[0]} is installed"
+
+
+def load(module: str, package: str, op: str, backend: str) -> Any:
+    """Import a module of an optional package that is installed.
+
+    Raises:
+        BackendError: it cannot be imported, e.g. because it was built for another torch.
+    """
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise BackendError(
+            f"{op}: backend {backend!r} needs {module}, and importing it fails: {error}. Install {package} anew for this torch and CUDA, "
+            "uninstall it, or ask for backend='portable'"
+        ) from error
+
+
+def span(*tensors: Tensor) -> int:
+    """Elements of memory from the first to the last of a tensor, of the one with most: what kernels that count in 32 bits must reach."""
+    return max(
+        (1 + sum((n - 1) * abs(s) for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors if t.numel()),
+        default=0,
+    )
 
 
 def _short(dtype: torch.dtype) -> str:

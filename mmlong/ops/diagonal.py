@@ -36,7 +36,7 @@ def diagonal_reference(
 ) -> tuple[Tensor, Tensor]:
     """The definition, without a layout; arguments and results as :func:`diagonal_recurrence`."""
     a, c = torch.view_as_complex(lam).exp(), torch.view_as_complex(c)
-    state = torch.zeros(u.shape[0], *a.shape, dtype=a.dtype) if h is None else torch.view_as_complex(h)
+    state = torch.zeros(u.shape[0], *a.shape, dtype=a.dtype, device=a.device) if h is None else torch.view_as_complex(h)
     outputs = []
     for t in range(u.shape[1]):
         after = a * state + u[:, t, :, None]

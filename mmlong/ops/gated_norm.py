@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mmlong.ops.backends import Backend
+from mmlong.ops.gated_norm_backends import GATED_NORM, choose_gated_norm
+
 
 def gated_rms_norm_reference(y: Tensor, z: Tensor, weight: Tensor, groups: int = 1, eps: float = 1e-5) -> Tensor:
     """The definition; arguments and result as :func:`gated_rms_norm`."""
@@ -24,7 +27,9 @@ def gated_rms_norm_reference(y: Tensor, z: Tensor, weight: Tensor, groups: int =
     return weight * u.flatten(-2)
 
 
-def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int = 1, eps: float = 1e-5) -> Tensor:
+def gated_rms_norm(
+    y: Tensor, z: Tensor, weight: Tensor, groups: int = 1, eps: float = 1e-5, backend: str = "auto"
+) -> Tensor:
     """Gate, then norm.
 
     Args:
@@ -33,14 +38,29 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int = 1, eps: f
         weight: ``(D,)``.
         groups: groups of ``D / groups`` channels, each with a norm of its own.
         eps: added to the mean square.
+        backend: a name that ``mmlong doctor`` lists, or ``auto`` for the best that can run here.
 
     Returns:
         ``(..., D)`` in the type of ``y``, computed in at least float32.
+
+    Raises:
+        BackendError: an unknown backend, or one that cannot do this, with the reason.
     """
+    if backend == "auto" and (y.device.type == "cpu" or torch.compiler.is_compiling()):
+        chosen = GATED_NORM.portable()
+    else:
+        chosen = choose_gated_norm(y, z, weight, groups, backend)
+    return chosen.run(y, z, weight, groups, eps)
+
+
+def _portable(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
     if torch.compiler.is_compiling() or y.device.type != "cpu":
         dtype = torch.promote_types(y.dtype, torch.float32)
         return gated_rms_norm_reference(y.to(dtype), z.to(dtype), weight.to(dtype), groups, eps).to(y.dtype)
     return _GatedNorm.apply(y, z, weight, groups, eps)
+
+
+GATED_NORM.register(Backend("portable", _portable, note="default on a CPU"))
 
 
 def _mean_square(u: Tensor, groups: int) -> Tensor:

@@ -20,6 +20,9 @@ boundaries come from one triangular product instead of a loop. The backward is w
 sum over pairs, since every path through ``a_t`` as a query's side ends in ``y_t`` and as a key's side begins in ``v_t``:
 
     d a_t = dY_t . Y_t - V_t . dV_t,   plus <S_Q, dS_Q> at the chunk's end;   d g = reversed cumulative sum of d a.
+
+That is the form on a CPU. On other devices, and under a compiler, all chunks of a stretch go at once in operations that autograd understands, or a package's kernels do it
+(:mod:`mmlong.ops.linear_attention_backends`).
 """
 
 from __future__ import annotations
@@ -32,8 +35,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from mmlong.layout import Layout
+from mmlong.ops.backends import Backend, Request, span
+from mmlong.ops.linear_attention_backends import LINEAR_ATTENTION, Recurrence, preferred
 
 BLOCK_ELEMENTS = 1 << 22
 """Elements that a block of chunks makes on the way; larger ones spill out of a common core's caches."""
@@ -43,6 +49,9 @@ MAX_CHUNKS = 64
 
 LOOPED_ELEMENTS = 1 << 12
 """Elements of a row's state from which a loop over the chunks costs less than that product and its copies."""
+
+STRETCH_CHUNKS = 256
+"""Chunks that go at once where there is no loop over them: what joins them is quadratic in it."""
 
 LOG2_E = math.log2(math.e)
 
@@ -88,6 +97,8 @@ def scalar_decay_attention(
     layout: Layout | None = None,
     chunk: int | None = None,
     keep: bool = False,
+    rate: Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Linear attention with scalar decay, tokens before heads as projections give them.
 
@@ -103,12 +114,17 @@ def scalar_decay_attention(
         chunk: tokens a chunk; ``None`` chooses by the sizes.
         keep: hold the weights of pairs until the backward instead of recomputing them, for a caller that runs short pieces of a
             sequence (``H x chunk`` numbers a token, twice).
+        rate: ``(H,)``, < 0, where ``g = rate exp(log_input)``: a backend that is parametrised so takes these two in place of ``g``, and
+            gives its gradient to them. ``None``: not known.
+        backend: a name that ``mmlong doctor`` lists, or ``auto`` for the best that can run here. One token without a gradient is
+            computed in plain torch by any of them.
 
     Returns:
         ``(y, state)``: ``y (B, L, H, P)`` like ``v``, and the state at each row's own length, in at least float32.
 
     Raises:
         ValueError: shapes that do not fit.
+        BackendError: an unknown backend, or one that cannot do this, with the reason.
     """
     (B, L, H, P), (G, N) = v.shape, k.shape[2:]
     if q.shape != k.shape or k.shape[:2] != (B, L) or H % G:
@@ -121,6 +137,10 @@ def scalar_decay_attention(
             raise ValueError(f"scalar_decay_attention: {name} is {tuple(t.shape)}, expected (B, L, H) = {(B, L, H)}")
     if state is not None and tuple(state.shape) != (B, H, P, N):
         raise ValueError(f"scalar_decay_attention: state is {tuple(state.shape)}, expected {(B, H, P, N)}")
+    if rate is not None and (tuple(rate.shape) != (H,) or log_input is None):
+        raise ValueError(
+            f"scalar_decay_attention: rate is {tuple(rate.shape)}, expected (H,) = ({H},), beside log_input"
+        )
     dtype = torch.promote_types(v.dtype, torch.float32)
     g = g.to(dtype)
     log_input = None if log_input is None else log_input.to(dtype)
@@ -138,12 +158,42 @@ def scalar_decay_attention(
         # A document that would begin in the padding has not begun.
         documents = (layout.resets if valid is None else layout.resets & valid).long().cumsum(1)
     size = chunk or default_chunk(H, N, P)
-    if L == 1 and documents is None and not torch.is_grad_enabled():
+    rate = None if rate is None else rate.to(dtype)
+    asked = Recurrence(q, k, v, g, log_input, skip, state, documents, rate, size, keep)
+    return _choose(asked, backend).run(asked)
+
+
+def _choose(r: Recurrence, backend: str) -> Backend:
+    if backend == "auto" and (r.v.device.type == "cpu" or torch.compiler.is_compiling()):
+        return LINEAR_ATTENTION.portable()
+    (B, L, H, P), (G, N) = r.v.shape, r.k.shape[2:]
+    sizes = {"batch": B, "length": L, "heads": H, "groups": G, "values": P, "keys": N}
+    sizes |= {"span": span(r.q, r.k, r.v), "rated": int(r.rate is not None)}
+    grad = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in r)
+    mask = "" if r.documents is None else "resets"
+    request = Request(r.v.device.type, r.v.dtype, mask, backward=grad, sizes=sizes)
+    chosen = LINEAR_ATTENTION.choose(request, backend, preferred(request))
+    return LINEAR_ATTENTION.portable() if _is_one_token(r) else chosen
+
+
+def _is_one_token(r: Recurrence) -> bool:
+    return r.v.shape[1] == 1 and r.documents is None and not torch.is_grad_enabled()
+
+
+def _portable(r: Recurrence) -> tuple[Tensor, Tensor]:
+    q, k, v, g, log_input, skip, state, documents, _, size, keep = r
+    if _is_one_token(r):
         return _one_token(q, k, v, g, log_input, skip, state)
-    if torch.compiler.is_compiling() or v.device.type != "cpu":
+    if torch.compiler.is_compiling():
         with torch.autocast(v.device.type, enabled=False):
             return _plain(q, k, v, g, log_input, skip, state, documents, size)
+    if v.device.type != "cpu":
+        with torch.autocast(v.device.type, enabled=False):
+            return _stretches(q, k, v, g, log_input, skip, state, documents, size)
     return _ScalarDecay.apply(q, k, v, g, log_input, skip, state, documents, size, torch.is_grad_enabled(), keep)
+
+
+LINEAR_ATTENTION.register(Backend("portable", _portable, masks=frozenset({"resets"}), note="default on a CPU"))
 
 
 def default_chunk(H: int, N: int, P: int) -> int:
@@ -220,6 +270,42 @@ def _plain(
     y = M @ V + torch.einsum("bhcqn,bhcpn->bhcqp", Qh * into.exp()[..., None], states[:, :, :-1])
     y = y if skip is None else y + skip[:, None, None, None] * V
     return y.movedim(1, 3).reshape(B, C * size, H, P)[:, :L].to(v.dtype), states[:, :, -1]
+
+
+def _stretches(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    log_input: Tensor | None,
+    skip: Tensor | None,
+    state: Tensor,
+    documents: Tensor | None,
+    size: int,
+) -> tuple[Tensor, Tensor]:
+    """:func:`_plain` over stretches of chunks one after another, each recomputed in the backward: memory linear in the length, and little of it."""
+    L, step = v.shape[1], size * STRETCH_CHUNKS
+    if step >= L:
+        return _plain(q, k, v, g, log_input, skip, state, documents, size)
+    outputs = []
+    for i in range(0, L, step):
+        part = slice(i, min(i + step, L))
+        inside = None
+        if documents is not None:
+            # Counted from what the stretch before ended in, whose state this one begins with.
+            inside = documents[:, part] - (documents[:, i - 1 : i] if i else 0)
+        y, state = checkpoint(
+            _plain,
+            *(None if t is None else t[:, part] for t in (q, k, v, g, log_input)),
+            skip,
+            state,
+            inside,
+            size,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        outputs.append(y)
+    return torch.cat(outputs, 1), state
 
 
 # The blocked form

@@ -23,10 +23,16 @@ from torch.autograd.function import once_differentiable
 from mmlong.layout import Layout
 
 BLOCK_ELEMENTS = 1 << 21
-"""Elements of a block of channels, as transformed."""
+"""Elements of a block of channels, as transformed, on a CPU."""
+
+GPU_BLOCK_ELEMENTS = 1 << 25
+"""The same on other devices, which are kept busy by few large blocks."""
 
 TOKEN_ELEMENTS = 1 << 16
-"""Elements of a block of the past, for one token."""
+"""Elements of a block of the past, for one token, on a CPU."""
+
+GPU_TOKEN_ELEMENTS = 1 << 24
+"""The same on other devices."""
 
 
 def long_conv_reference(u: Tensor, k: Tensor, past: Tensor | None = None) -> Tensor:
@@ -106,7 +112,8 @@ def _in_one(padded: Tensor, k: Tensor, L: int) -> Tensor:
 def _one_token(padded: Tensor, k: Tensor) -> Tensor:
     """The output at the last input, by blocks of lags, so that turned filters and products stay in the cache."""
     (B, total, D), M = padded.shape, k.shape[0]
-    step = max(64, TOKEN_ELEMENTS // (B * D))
+    block = TOKEN_ELEMENTS if padded.device.type == "cpu" else GPU_TOKEN_ELEMENTS
+    step = max(64, block // (B * D))
     y = padded.new_zeros(B, 1, D)
     for lag in range(0, M, step):
         part = k[lag : lag + step].flip(0)
@@ -165,7 +172,7 @@ class _FFTConv(torch.autograd.Function):
         B, N, D = u.shape
         size = fft_size(_needed(N, k.shape[0], skip))
         y = u.new_empty(B, N - skip, D)
-        for d in _channels(B, D, size):
+        for d in _channels(B, D, size, u.device):
             # Channels first while transforming: contiguous sequences.
             spectrum = _spectrum(u[..., d], size).mul_(_spectrum(k[:, d], size))
             y[..., d] = torch.fft.irfft(spectrum, size)[..., skip:N].transpose(1, 2)
@@ -181,7 +188,7 @@ class _FFTConv(torch.autograd.Function):
         size, skip = ctx.size, ctx.skip
         du = torch.empty_like(u) if ctx.needs_input_grad[0] else None
         dk = torch.empty_like(k) if ctx.needs_input_grad[1] else None
-        for d in _channels(B, D, size):
+        for d in _channels(B, D, size, u.device):
             g = _spectrum(F.pad(dy[..., d], (0, 0, skip, 0)), size)
             if du is not None:
                 product = g * _spectrum(k[:, d], size).conj()
@@ -197,8 +204,9 @@ def _needed(N: int, M: int, skip: int) -> int:
     return max(N, N + M - 1 - skip)
 
 
-def _channels(B: int, D: int, size: int) -> list[slice]:
-    step = max(1, BLOCK_ELEMENTS // (B * size))
+def _channels(B: int, D: int, size: int, device: torch.device) -> list[slice]:
+    block = BLOCK_ELEMENTS if device.type == "cpu" else GPU_BLOCK_ELEMENTS
+    step = max(1, block // (B * size))
     return [slice(d, min(d + step, D)) for d in range(0, D, step)]
 
 

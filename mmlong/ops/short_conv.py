@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mmlong.layout import Layout
+from mmlong.ops.backends import Backend
+from mmlong.ops.short_conv_backends import SHORT_CONV, choose_short_conv
 
 Activation = Literal["silu"] | None
 
@@ -51,6 +53,7 @@ def short_conv(
     tail: Tensor | None = None,
     layout: Layout | None = None,
     activation: Activation = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Causal depthwise convolution of a piece of a sequence.
 
@@ -61,6 +64,7 @@ def short_conv(
         tail: the last ``K - 1`` inputs of the past ``(B, K - 1, D)``, oldest first, or ``None`` from the beginning.
         layout: lengths and resets are honoured.
         activation: ``"silu"`` to apply it in the same pass, or ``None``.
+        backend: a name that ``mmlong doctor`` lists, or ``auto`` for the best that can run here.
 
     Returns:
         ``(y, tail)``: ``y`` like ``x``, and the last ``K - 1`` inputs of each row's last document at its own length, in at least
@@ -68,8 +72,9 @@ def short_conv(
 
     Raises:
         ValueError: shapes that do not fit.
+        BackendError: an unknown backend, or one that cannot do this, with the reason.
     """
-    B, L, D = x.shape
+    B, _, D = x.shape
     K = weight.shape[1]
     if weight.shape[0] != D:
         raise ValueError(f"short_conv: weight is {tuple(weight.shape)}, x has D = {D} channels")
@@ -78,15 +83,28 @@ def short_conv(
     if activation not in (None, "silu"):
         raise ValueError(f"short_conv: unknown activation {activation!r}; use 'silu' or None")
     if layout is not None and (layout.lengths is not None or layout.resets is not None):
-        return _with_layout(x, weight, bias, tail, layout, activation)
+        return _with_layout(x, weight, bias, tail, layout, activation, backend)
+    return _choose(x, weight, False, backend).run(x, weight, bias, tail, activation)
+
+
+def _choose(x: Tensor, weight: Tensor, resets: bool, backend: str) -> Backend:
+    if backend == "auto" and (x.device.type == "cpu" or torch.compiler.is_compiling()):
+        return SHORT_CONV.portable()
+    return choose_short_conv(x, weight, resets, backend)
+
+
+def _portable(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, activation: Activation
+) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         # A compiler fuses the shifts by itself, and a GPU's cache is not blocked from Python.
-        y, after = _plain(x, weight, bias, tail, activation)
-    elif L == 1 and not torch.is_grad_enabled():
-        y, after = _one_token(x, weight, bias, tail, activation)
-    else:
-        y, after = _ShortConv.apply(x, weight, bias, tail, activation)
-    return y, after
+        return _plain(x, weight, bias, tail, activation)
+    if x.shape[1] == 1 and not torch.is_grad_enabled():
+        return _one_token(x, weight, bias, tail, activation)
+    return _ShortConv.apply(x, weight, bias, tail, activation)
+
+
+SHORT_CONV.register(Backend("portable", _portable, masks=frozenset({"resets"}), note="default on a CPU"))
 
 
 def _state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -126,7 +144,13 @@ def _plain(
 
 
 def _with_layout(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, layout: Layout, activation: Activation
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tail: Tensor | None,
+    layout: Layout,
+    activation: Activation,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     B, L, D = x.shape
     K, dtype = weight.shape[1], _state_dtype(x.dtype)
@@ -134,8 +158,9 @@ def _with_layout(
     padded = torch.cat([_zero_tail(x, K) if tail is None else tail, x.to(dtype)], dim=1)
     documents = layout.documents()
     if documents is None:
-        y, _ = short_conv(x, weight, bias, tail, None, activation)
+        y, _ = short_conv(x, weight, bias, tail, None, activation, backend)
     else:
+        _choose(x, weight, True, backend)
         documents = torch.cat([documents.new_zeros(B, K - 1), documents], dim=1)
         y = padded[:, K - 1 :] * taps[:, K - 1]
         for k in range(1, K):
