@@ -226,7 +226,9 @@ class PackedDataModule(pl.LightningDataModule):
             self._loaders.pop().close()
 
     def _ranks(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        # Not the trainer's own rank: ranks that share a sequence share its batches.
+        place = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        return (0, 1) if place is None else (place["rank"], place["num_replicas"])
 
     def _cached_samples(self, split: str, train: bool) -> Samples:
         if (split, train) not in self._samples:

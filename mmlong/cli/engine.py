@@ -75,6 +75,7 @@ class _CLI(LightningCLI):
         parser.add_argument("--test_after_fit", type=Literal["best", "last"] | None, default="last")
         parser.add_argument("--best_by", type=str, default="val/accuracy")
         parser.add_argument("--checkpoint_seconds", type=float, default=60.0)
+        parser.add_argument("--sequence_ranks", type=int | None, default=None)
         parser.link_arguments("data", "model.init_args.data_info", compute_fn=describe_data, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -149,7 +150,21 @@ class Engine:
         plugins = [*_listed(given.get("plugins")), AtomicCheckpointIO()]
         return {
             **given, "callbacks": callbacks, "logger": loggers or False, "plugins": plugins, "default_root_dir": str(self.run_dir),
+            **self._strategy(given.get("strategy")),
         }  # fmt: skip
+
+    def _strategy(self, named: Any) -> dict[str, Any]:
+        """Lightning knows other strategies by name; this one has a key of its own beside it."""
+        ranks = self.settings.sequence_ranks
+        if named == "sequence_parallel":
+            from mmlong.parallel.strategy import SequenceParallelStrategy
+
+            return {"strategy": SequenceParallelStrategy(ranks)}
+        if ranks is not None:
+            raise ValueError(
+                f"sequence_ranks is {ranks}, but trainer.strategy is {named!r}: ranks share sequences with trainer.strategy: sequence_parallel"
+            )
+        return {}
 
     # running
 

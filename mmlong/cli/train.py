@@ -31,6 +31,7 @@ keys of a run
   --test_after_fit WHICH      when training is over, test the `last` weights (default) or the `best`; null: no test
   --best_by METRIC            what makes weights the best (default: val/accuracy)
   --checkpoint_seconds S      how often to save, at most (default: 60)
+  --sequence_ranks N          with --trainer.strategy sequence_parallel: how many ranks share a sequence (default: all)
 
 recipes: {recipes}; each has a .debug of a few steps, to be put on top of it
 """
@@ -43,7 +44,7 @@ WHAT = {
 }  # fmt: skip
 
 OWN = ("config", "seed_everything", "recipe", "runs", "run_dir", "ckpt_path", "test_after_fit", "best_by",
-       "checkpoint_seconds", "print_config", "trainer", "model", "data")  # fmt: skip
+       "checkpoint_seconds", "sequence_ranks", "print_config", "trainer", "model", "data")  # fmt: skip
 
 
 def run_training(command: str, argv: list[str]) -> int:

@@ -2,7 +2,7 @@
 
 Bits per number of raw data: per dimension of an image, per sample of sound, per nucleotide, per byte (negative log-likelihood / ln 2 / numbers). With ``segment`` the step is taken in pieces
 with the state carried: the exact gradient with the activations of one piece, and no full-length logits (see :mod:`mmlong.backbone.segmented`). With ``carry`` it is carried on from
-batch to batch of one stream as well (see :mod:`mmlong.tasks.carried`).
+batch to batch of one stream as well (see :mod:`mmlong.tasks.carried`). With ``strategy: sequence_parallel`` each rank takes a piece of every sequence (see :mod:`mmlong.parallel`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mmlong.backbone.segmented import check_keep, segmented_loss
 from mmlong.layout import Layout
 from mmlong.mixers import State
 from mmlong.models import AutoregressiveModel
+from mmlong.parallel import SequenceMesh, sequence_parallel_loss, take_piece
 from mmlong.tasks.autoregress_report import AutoregressReport
 from mmlong.tasks.base import Task
 from mmlong.tasks.carried import CarriedState, check_bounded
@@ -46,6 +47,8 @@ class AutoregressTask(Task):
     """
 
     kind = "autoregressive"
+    ranks: SequenceMesh | None = None
+    """Where this rank stands, when several share a sequence: the strategy sets it."""
 
     def __init__(
         self,
@@ -104,6 +107,8 @@ class AutoregressTask(Task):
             layout = replace(layout, lengths=torch.where(weight > 0, lengths, 0))
         count = tokens.shape[0] * tokens.shape[1] if layout.lengths is None else layout.lengths.sum()
         numbers = torch.as_tensor(count, device=tokens.device) * self.model.modality.channels
+        if self.ranks is not None:
+            return self._over_ranks(tokens, layout, self.ranks), numbers
         segment = tokens.shape[1] if self.segment is None else self.segment
         state: State = None
         if carry:
@@ -114,6 +119,14 @@ class AutoregressTask(Task):
         if carry:
             self.carried.after(state, self.counted(batch))
         return total, numbers
+
+    def _over_ranks(self, tokens: Tensor, layout: Layout, ranks: SequenceMesh) -> Tensor:
+        """Summed nats of all pieces, the same on the ranks of a sequence; gradients are left to DDP, which averages over all ranks."""
+        pieces, layout_here = take_piece([tokens], layout, ranks.sequence_size, ranks.sequence_rank)
+        return sequence_parallel_loss(
+            self.model, self._step, pieces, ranks.sequence_group, layout_here, segment=self.segment, keep=self.keep,
+            truncate=self.truncate, rows=ranks.rows, reduce="mean",
+        )  # fmt: skip
 
     def _bits(self, batch: dict[str, Tensor], stage: str) -> Tensor:
         total, numbers = self.nats(batch, self.carry and stage == "train")

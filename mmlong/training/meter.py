@@ -68,7 +68,7 @@ class Meter(pl.Callback):
         """Count a batch; measure at every optimiser step."""
         now = time.perf_counter()
         counter: Any = getattr(pl_module, "tokens_in", None)
-        tokens = 0 if counter is None else int(counter(batch)) * trainer.world_size
+        tokens = 0 if counter is None else int(counter(batch)) * replicas(trainer)
         elapsed, self._mark = now - self._mark, now
         self.seconds += elapsed
         self.tokens += tokens
@@ -96,6 +96,12 @@ class Meter(pl.Callback):
     def resume_clock(self) -> None:
         """Leave out the time since the last batch (a checkpoint was written)."""
         self._mark = time.perf_counter()
+
+
+def replicas(trainer: pl.Trainer) -> int:
+    """How many ranks, or groups of ranks that share their sequences, have batches of their own."""
+    place = trainer.distributed_sampler_kwargs
+    return 1 if place is None else int(place["num_replicas"])
 
 
 def peak_memory() -> int:

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from mmlong.training.meter import Meter
+from mmlong.training.meter import Meter, replicas
 
 LINE_EVERY = 30.0  # seconds between plain lines
 
@@ -86,7 +86,7 @@ class RunProgress(ProgressBar):
         model = getattr(pl_module, "model", pl_module)
         length = model.modality.tokens_per_sample() if hasattr(model, "modality") else None
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        batch = getattr(trainer.datamodule, "batch_size", 0) * trainer.world_size  # type: ignore[attr-defined]
+        batch = getattr(trainer.datamodule, "batch_size", 0) * replicas(trainer)  # type: ignore[attr-defined]
         batch *= trainer.accumulate_grad_batches
         parts = [f"{length:,} tokens a sample"] if length else []
         parts.append(f"{parameters:,} parameters")

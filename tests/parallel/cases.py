@@ -90,16 +90,15 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
-def spawn(script: Path, function: Callable[..., None], world: int, folder: Path, seconds: float = 120) -> None:
-    """Run ``function(rank, world, folder)`` of a file in ``world`` processes."""
+def spawn(script: Path, function: Callable[..., None], world: int, folder: Path, seconds: float = 400) -> None:
+    """Run ``function(rank, world, folder)`` of a file in ``world`` processes, forked from one that has imported everything and computed nothing."""
     code = (
         f"import sys; from pathlib import Path; sys.path[:0] = {[str(script.parent)]!r}; import {script.stem} as here; "
-        f"here.{function.__name__}(int(sys.argv[1]), {world}, Path({str(folder)!r}))"
+        "import torch.multiprocessing as mp; "
+        f"mp.start_processes(here.{function.__name__}, ({world}, Path({str(folder)!r})), {world}, start_method='fork')"
     )
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank)], env=env) for rank in range(world)]
-    try:
-        assert [rank.wait(timeout=seconds) for rank in ranks] == [0] * world
-    finally:
-        for rank in ranks:
-            rank.kill()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, timeout=seconds, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -15,7 +15,7 @@ from cases import CASES, ByteModel, data, gradients, leave, model, names, spawn,
 
 from mmlong.backbone import segmented_loss
 from mmlong.mixers import create_mixer, detach_state, list_mixers, rebuild_state, state_tensors
-from mmlong.parallel import sequence_parallel_loss, take_piece
+from mmlong.parallel import SequenceMesh, sequence_parallel_loss, take_piece
 
 
 def settings(mixer: str, batch: int) -> list[dict[str, Any]]:
@@ -162,13 +162,38 @@ def frozen(world: int, rank: int, group: Any) -> Any:
     return parallel(module, ("short", 1), world, rank, group)
 
 
+def mesh(world: int, rank: int, group: Any) -> Any:
+    """Two groups of ranks with batches of their own, and a reducer that averages over all ranks, as DDP's does."""
+    module = model("s4d")
+    if world == 1:
+        halves = [parallel(module, (kind, 3), 1, 0, None) for kind in ("full", "padded")]
+        return {name: (value + halves[1][name]) / 2 for name, value in halves[0].items()}
+    of_all = SequenceMesh(world // 2)
+    case = (("full", 3), ("padded", 3))[of_all.data_rank]
+    place = (of_all.sequence_size, of_all.sequence_rank, of_all.sequence_group)
+    found = parallel(module, case, *place, segment=6, reduce="mean")
+    for name, value in found.items():
+        dist.all_reduce(value)
+        found[name] = value / world
+    return found
+
+
+def disagree(world: int, rank: int, group: Any) -> Any:
+    """Ranks with other rows than the first are told, all of them, where they would otherwise wait for each other for ever."""
+    module = model("s4d")
+    inputs, _ = data("full", 3)
+    with pytest.raises(ValueError, match=r"pieces of the same rows.*\(3, 1, 29\), \(2, 1, 29\)"):
+        sequence_parallel_loss(module, module.step, [t[: 3 - (rank > 0)] for t in inputs], group)
+    return {}
+
+
 MORE = {
     case.__name__: case
-    for case in (dropout, dropout_kept, inputs_and_state, mean, truncated, evaluated, autocast, frozen)
+    for case in (dropout, dropout_kept, inputs_and_state, mean, mesh, truncated, evaluated, autocast, frozen, disagree)
 }
 
 
-@pytest.mark.parametrize("name", ["dropout", "mean", "truncated", "evaluated", "autocast", "frozen"])
+@pytest.mark.parametrize("name", ["dropout", "mean", "mesh", "truncated", "evaluated", "autocast", "frozen"])
 def test_the_number_of_ranks_changes_nothing(found: list[dict[str, Any]], name: str) -> None:
     torch.manual_seed(1)
     expected = MORE[name](1, 0, None)
@@ -210,21 +235,6 @@ def test_inputs_and_the_state_before_get_gradients(found: list[dict[str, Any]]) 
         got["piece"] = pieces
         kept = {key: value for key, value in expected.items() if rank == 0 or key not in states}
         same(got, kept, f"rank {rank}")
-
-
-def refused(rank: int, world: int, folder: Path) -> None:
-    start(rank, world, folder)
-    module = model("s4d")
-    inputs, _ = data("full", 3)
-    with pytest.raises(ValueError, match=r"pieces of the same rows.*\(3, 1, 29\), \(2, 1, 29\)"):
-        sequence_parallel_loss(module, module.step, [t[: 3 - rank] for t in inputs], dist.group.WORLD)
-    leave()
-
-
-@pytest.mark.slow
-def test_ranks_that_disagree_are_told(tmp_path: Path) -> None:
-    """On every rank, where they would otherwise wait for each other for ever."""
-    spawn(Path(__file__), refused, 2, tmp_path)
 
 
 def test_refuses_what_it_cannot_do() -> None:
