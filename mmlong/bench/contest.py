@@ -149,7 +149,8 @@ def _side(subject: Subject) -> str:
 def _told(result: dict[str, Any]) -> str:
     if "failed" in result:
         return str(result["failed"]).split("\n")[0]
-    return f"{min(t['all'] for t in result['times']):.3g} s, {result['memory'] / 1e9:.2f} GB"
+    memory = "" if result["memory"] is None else f", {result['memory'] / 1e9:.2f} GB"
+    return f"{min(t['all'] for t in result['times']):.3g} s{memory}"
 
 
 def _compare(sides: Sequence[Subject], conditions: Conditions, run: RunJob) -> dict[str, Any]:

@@ -23,6 +23,7 @@ KINDS = {
 
 def main() -> None:
     job: dict[str, Any] = json.loads(sys.stdin.read())
+    module, _, name = KINDS[job["kind"]].partition(":")
     # If the machine runs out of memory all the same, this process is the one to go.
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
@@ -37,7 +38,6 @@ def main() -> None:
         torch.set_num_threads(int(job["threads"]))
     if job.get("max_memory") and job["device"] == "cpu":
         limit_memory(int(job["max_memory"]))
-    module, _, name = KINDS[job["kind"]].partition(":")
     try:
         result = getattr(importlib.import_module(module), name)(job)
     except Exception as error:

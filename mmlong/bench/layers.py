@@ -14,13 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmlong.backbone import Block, create_directed
-from mmlong.backbone.directions import Direction
 from mmlong.bench import memory
 from mmlong.bench.flops import count
 from mmlong.bench.machine import DTYPES, synchronise
 from mmlong.bench.peers import PEERS, Run
-from mmlong.mixers import MIXERS
+from mmlong.mixers import MIXERS, create_mixer
 
 WARM_UP = 256
 """Tokens of the first, short run."""
@@ -34,7 +32,7 @@ def autocast(job: dict[str, Any]) -> AbstractContextManager[Any]:
     return nullcontext() if dtype == torch.float32 else torch.autocast(job["device"], dtype=dtype)
 
 
-def usual_direction(mixer: str) -> Direction:
+def usual_direction(mixer: str) -> str:
     """``causal`` for a mixer that has such a form, else ``both``."""
     return "causal" if MIXERS[mixer].traits.causal else "both"
 
@@ -51,9 +49,14 @@ def build(subject: dict[str, Any], dim: int) -> tuple[nn.Module, Run]:
         pair = PEERS[subject["peer"]].pair(dim, subject["options"])
         return (pair.ours, pair.run_ours) if subject["side"] == "ours" else (pair.theirs, pair.run_theirs)
     direction = subject["direction"] or usual_direction(subject["mixer"])
-    module: Any = create_directed({"name": subject["mixer"], **subject["options"]}, dim, direction, 0)
-    if subject["ffn"] is not None:
-        module = Block(module, dim, subject["ffn"])
+    if direction == "causal" and subject["ffn"] is None:
+        # The backbone imports much, in every process anew.
+        module: Any = create_mixer(subject["mixer"], dim, causal=True, **subject["options"])
+    else:
+        from mmlong.backbone import Block, create_directed
+
+        module = create_directed({"name": subject["mixer"], **subject["options"]}, dim, direction, 0)  # type: ignore[arg-type]
+        module = module if subject["ffn"] is None else Block(module, dim, subject["ffn"])
     return module, lambda x: module(x)[0]
 
 
@@ -69,19 +72,20 @@ class Gauge:
 
     def __init__(self, device: str) -> None:
         self.device = device
-        self.exact = True
+        self.before = 0
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             self.baseline = torch.cuda.memory_allocated()
         else:
-            # Where the system cannot set it back, imports may have held more than what is measured does.
-            self.exact = memory.reset_peak()
+            if not memory.reset_peak():
+                self.before = memory.peak_bytes()
             self.baseline = memory.resident_bytes()
 
     def read(self) -> dict[str, Any]:
-        """``peak``, ``baseline`` and ``memory`` between them, in bytes."""
+        """``peak``, ``baseline`` and ``memory`` between them, in bytes. Where the system cannot set the peak back, imports may have held more: then ``memory`` is ``None``."""
         peak = int(torch.cuda.max_memory_allocated()) if self.device == "cuda" else memory.peak_bytes()
-        return {"peak": peak, "baseline": self.baseline, "memory": max(peak - self.baseline, 0)}
+        known = peak > self.before
+        return {"peak": peak, "baseline": self.baseline, "memory": max(peak - self.baseline, 0) if known else None}
 
 
 def timed(

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmlong.backbone.directions import Direction
 from mmlong.mixers import create_mixer
 from mmlong.registry import Registry
 
@@ -57,7 +56,7 @@ class Peer:
     title: str
     build: Callable[[int, dict[str, Any]], Pair]
     options: dict[str, Any]
-    direction: Direction = "causal"
+    direction: str = "causal"
     same: bool = True
     tolerance: float = 1e-3
 

@@ -99,7 +99,7 @@ def gather(row: Row, results: Sequence[dict[str, Any]]) -> Row:
         cpu_seconds=tuple(t["cpu"] for t in times),
         peak_bytes=max((r["peak"] for r in found), default=None),
         baseline_bytes=max((r["baseline"] for r in found), default=None),
-        memory_bytes=max((r["memory"] for r in found), default=None),
+        memory_bytes=max((r["memory"] for r in found if r["memory"] is not None), default=None),
         flops=None if counted is None else counted["done"],
         useful_flops=None if counted is None else counted["useful"],
         failed=failed,

@@ -24,6 +24,7 @@ train and use (recipes by name or file; several -c are merged, the later wins; a
 data
   pack       mmlong pack image photos/ packed/ --size 256         make shards; --verify proves them
   bench      mmlong bench data -c image/cells256                  how fast the recipe's loader delivers
+             mmlong bench mixers mamba2 --against all             seconds, memory and growth; also blocks, models, stream, table
 
 look
   mixers     what can mix tokens, and what each can do

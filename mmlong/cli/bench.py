@@ -1,4 +1,4 @@
-"""``mmlong bench data``: how fast a recipe's loader delivers, held against what its model consumes."""
+"""``mmlong bench``: what is to be measured. Here, ``data``: how fast a recipe's loader delivers, held against what its model consumes; the rest is in :mod:`mmlong.cli.bench_speed`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,28 @@ from typing import TYPE_CHECKING, Any
 from mmlong.cli.errors import CommandError
 from mmlong.cli.recipes import load_recipes, main_recipes
 from mmlong.cli.train import check_config, hush, pairs, split_arguments
+from mmlong.registry import nearest
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+    from jsonargparse import ArgumentParser, Namespace
 
     from mmlong.tasks import Task
 
+HELP = """\
+usage: mmlong bench WHAT [...]
+
+  mixers     mmlong bench mixers mamba2 local --lengths 16384,65536 --against all    layers: seconds, memory, growth, beside other people's
+  blocks     mmlong bench blocks mamba2                                              mixer and feed-forward
+  models     mmlong bench models -c text/stdlib_ar --dtype fp32,bf16                 a training step of a recipe; without -c the default backbone's
+  stream     mmlong bench stream mamba2 --tokens 100000                              one token at a time
+  table      mmlong bench table --json table.json --plot table.png                   the README's table, and what was aimed at
+  data       mmlong bench data -c image/cells256                                     how fast the recipe's loader delivers
+  peers      other people's modules that ours can be run against
+  show       mmlong bench show table.json                                            the table of a saved report
+
+`mmlong bench WHAT --help` says more.
+"""
 USAGE = """\
 usage: mmlong bench data -c RECIPE [-c RECIPE ...] [--KEY VALUE ...] [--run FOLDER] [--seconds S]
 
@@ -29,6 +45,7 @@ Run the training loader of a recipe alone, as it is set (workers, batch size, au
 
 recipes: {recipes}
 """
+SPEED = ("mixers", "blocks", "models", "stream", "table", "peers", "show")
 WARM_UP = 2  # batches before the clock starts: workers begin, files are opened
 
 
@@ -38,11 +55,19 @@ def run_bench(argv: list[str]) -> int:
     Raises:
         CommandError: something is wrong with the command, the recipe or the data.
     """
-    if not argv or argv[0] in ("-h", "--help") or any(arg in ("-h", "--help") for arg in argv[1:]):
-        print(USAGE.format(recipes=", ".join(main_recipes())), end="")
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP, end="")
         return 0 if argv else 2
+    if argv[0] in SPEED:
+        from mmlong.cli.bench_speed import run_speed
+
+        return run_speed(argv[0], argv[1:])
     if argv[0] != "data":
-        raise CommandError(f"there is no bench {argv[0]!r}; there is: data")
+        known = ("data", *SPEED)
+        raise CommandError(f"there is no bench {argv[0]!r}{nearest(argv[0], known)}; there are: {', '.join(known)}")
+    if any(arg in ("-h", "--help") for arg in argv[1:]):
+        print(USAGE.format(recipes=", ".join(main_recipes())), end="")
+        return 0
     own = argparse.ArgumentParser(prog="mmlong bench data", add_help=False, allow_abbrev=False)
     own.add_argument("--run", type=Path)
     own.add_argument("--seconds", type=float, default=10.0)
@@ -92,8 +117,8 @@ def _consumed(run: Path) -> float:
     return rate
 
 
-def _build(config: dict[str, Any], overrides: list[str]) -> tuple[pl.LightningDataModule, Task]:
-    """The recipe's datamodule and task, as ``fit`` builds them."""
+def parse(config: dict[str, Any], overrides: list[str]) -> tuple[ArgumentParser, Namespace]:
+    """``data`` and ``model`` of a recipe and the parser that builds them, as ``fit`` does."""
     import lightning.pytorch as pl
     from jsonargparse import ArgumentError, ArgumentParser
 
@@ -107,10 +132,31 @@ def _build(config: dict[str, Any], overrides: list[str]) -> tuple[pl.LightningDa
     given = [f"--{part}={json.dumps(config[part])}" for part in ("data", "model")]
     given += [f"--{key}={value}" for key, value in pairs(overrides) if key.partition(".")[0] in ("data", "model")]
     try:
-        built = parser.instantiate_classes(parser.parse_args(given))
+        return parser, parser.parse_args(given)
+    except ArgumentError as error:
+        raise CommandError(plain(str(error))) from error
+
+
+def build(parser: ArgumentParser, parsed: Namespace) -> tuple[pl.LightningDataModule, Task]:
+    """What :func:`parse` gave, built.
+
+    Raises:
+        CommandError: it cannot be.
+    """
+    from jsonargparse import ArgumentError
+
+    from mmlong.cli.engine import plain
+
+    try:
+        built = parser.instantiate_classes(parsed)
     except ArgumentError as error:
         raise CommandError(plain(str(error))) from error
     return built.data, built.model
+
+
+def _build(config: dict[str, Any], overrides: list[str]) -> tuple[pl.LightningDataModule, Task]:
+    """The recipe's datamodule and task."""
+    return build(*parse(config, overrides))
 
 
 def deliver(data: pl.LightningDataModule, task: Task, seconds: float) -> tuple[int, int, float, int]:

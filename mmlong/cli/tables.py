@@ -31,6 +31,7 @@ EXTRAS = {
         "the recipes' photographs, digits, texts and genome",
     ),
     "test": (("pytest", "hypothesis", "transformers"), "running the tests"),
+    "bench": (("transformers", "local_attention", "s5"), "peers that `mmlong bench --against` runs"),
     "xformers": (("xformers",), "memory-efficient attention kernels on CUDA"),
     "gpu": (("fla",), "Triton kernels for linear attention on CUDA"),
 }

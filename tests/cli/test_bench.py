@@ -43,7 +43,7 @@ def test_what_is_delivered_is_counted(recipe: list[str], tmp_path: Path, capsys:
 
 def test_wrong_commands(recipe: list[str], tmp_path: Path) -> None:
     for wrong, message in (
-        (["model"], "there is no bench 'model'; there is: data"),
+        (["model"], "there is no bench 'model' .did you mean 'models'.*there are: data, mixers"),
         (["data"], "which recipe"),
         ([*recipe, "--data.batch", "3"], "unknown key 'data.batch'"),
         ([*recipe, "--data.batch_size", "none"], "data.batch_size"),
