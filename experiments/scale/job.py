@@ -7,30 +7,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
-import sys
 import time
-from pathlib import Path
 
 import torch
 from mmlong.datamodules.known import known_sequences
 from torch import Tensor
 
 from mmlong.backbone import BackboneConfig
+from mmlong.bench.memory import peak_bytes
 from mmlong.tasks import AutoregressTask
 from mmlong.training.optim import OptimConfig, build_optimizer
 
 SOURCES = {"text": "stdlib", "genome": "chromosome"}
 WARM_UP = 256  # tokens of a first step, which sets up threads and kernels
-
-
-def peak_bytes() -> int:
-    """Most memory this process has held so far. Not `getrusage` where there is better: a child's begins with its parent's."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak << 10
 
 
 def read(kind: str, tokens: int) -> dict[str, Tensor]:

@@ -132,6 +132,28 @@ def table(report: Report) -> Table:
     return made
 
 
+def stream_table(streams: Sequence[dict[str, Any]]) -> Table:
+    """Streams, for people: microseconds a token in the first, the middle and the last window, and what they are spent on (:mod:`mmlong.bench.stream`)."""
+    made = Table(box=None, pad_edge=False)
+    for column in (
+        "model", "dim", "depth", "tokens", "us first", "us middle", "us last", "operators", "outside them", "fixed",
+        "us of 64 rows", "state MB", "apart",
+    ):  # fmt: skip
+        made.add_column(column, justify="left" if column == "model" else "right")
+    for s in streams:
+        size = (str(s["dim"]), str(s["depth"]), f"{s['tokens']:,}")
+        if s.get("failed"):
+            made.add_row(s["name"], *size, "failed")
+            continue
+        us = s["microseconds"]
+        made.add_row(
+            s["name"], *size, *(f"{us[i]:,.0f}" for i in (0, len(us) // 2, -1)), f"{s['operators']:,.0f}",
+            f"{s['outside_share']:.0%}", f"{s['fixed_share']:.0%}", f"{s['batch_microseconds']:,.0f}",
+            f"{s['state_bytes'] / 1e6:.3f}", _or(s.get("difference"), ".1g"),
+        )  # fmt: skip
+    return made
+
+
 def growth_lines(found: Sequence[Growth]) -> list[str]:
     """How time grows with the length, a line each."""
     return [

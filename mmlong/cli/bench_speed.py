@@ -21,7 +21,7 @@ from mmlong.bench.machine import DTYPES, describe
 from mmlong.bench.memory import available_bytes
 from mmlong.bench.peers import PEERS, MissingPackageError, peers_of, require
 from mmlong.bench.process import Job, run_job
-from mmlong.bench.report import BadReportError, Report, growth_lines, machine_line, plot, table
+from mmlong.bench.report import BadReportError, Report, growth_lines, machine_line, plot, stream_table, table
 from mmlong.bench.rows import growths
 from mmlong.cli.errors import CommandError
 from mmlong.mixers import MIXERS, list_mixers, require_streaming
@@ -420,7 +420,7 @@ def _show(report: Report) -> None:
     if report.rows:
         console.print(table(report))
     if report.streams:
-        console.print(_streams(report.streams))
+        console.print(stream_table(report.streams))
     for line in growth_lines(growths(report.rows)):
         console.print(line, markup=False)
     if report.command[2:3] == ["table"] and (said := preset.verdicts(report)):
@@ -432,25 +432,6 @@ def _show(report: Report) -> None:
         console.print(aims)
     for line in report.failures:
         console.print(f"failed: {line}", markup=False)
-
-
-def _streams(streams: list[dict[str, Any]]) -> Table:
-    made = Table(box=None, pad_edge=False)
-    for column in ("model", "dim", "depth", "tokens", "us first", "us middle", "us last", "operators", "outside them", "fixed",
-                   "us of 64 rows", "state MB", "apart"):  # fmt: skip
-        made.add_column(column, justify="left" if column == "model" else "right")
-    for s in streams:
-        size = (str(s["dim"]), str(s["depth"]), f"{s['tokens']:,}")
-        if s.get("failed"):
-            made.add_row(s["name"], *size, "failed")
-            continue
-        us = s["microseconds"]
-        made.add_row(
-            s["name"], *size, *(f"{us[i]:,.0f}" for i in (0, len(us) // 2, -1)), f"{s['operators']:,.0f}",
-            f"{s['outside_share']:.0%}", f"{s['fixed_share']:.0%}", f"{s['batch_microseconds']:,.0f}",
-            f"{s['state_bytes'] / 1e6:.3f}", f"{s['difference']:.1g}" if "difference" in s else "",
-        )  # fmt: skip
-    return made
 
 
 def _peers(argv: list[str]) -> int:
