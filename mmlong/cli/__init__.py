@@ -19,6 +19,7 @@ train and use (recipes by name or file; several -c are merged, the later wins; a
   predict    mmlong predict -c image/cells256 --ckpt_path last    writes predictions.csv
   generate   mmlong generate text/stdlib_ar --prompt 'import ' --stream   (also images, sounds, DNA)
   score      mmlong score text/stdlib_ar FILE                     bits a byte of a file of any length
+  export     mmlong export image/cells256                         programs that run without mmlong (torch, AOTInductor, ONNX)
   recipes    list the packaged recipes
 
 data
@@ -36,7 +37,7 @@ options
 """
 
 TRAINING = ("fit", "validate", "test", "predict")
-COMMANDS = (*TRAINING, "generate", "score", "recipes", "pack", "bench", "mixers", "doctor")
+COMMANDS = (*TRAINING, "generate", "score", "export", "recipes", "pack", "bench", "mixers", "doctor")
 
 
 def _dispatch(command: str, rest: list[str]) -> int:
@@ -48,6 +49,10 @@ def _dispatch(command: str, rest: list[str]) -> int:
         from mmlong.cli import generate
 
         return generate.run_generate(rest) if command == "generate" else generate.run_score(rest)
+    if command == "export":
+        from mmlong.cli.export import run_export
+
+        return run_export(rest)
     if command == "pack":
         from mmlong.cli.pack import run_pack
 

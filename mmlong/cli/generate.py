@@ -31,29 +31,16 @@ RUN is a run folder, a folder of a saved model, or a recipe's name (its newest r
 
 def _model(what: str, runs: str) -> tuple[Any, Path]:
     """The saved autoregressive model of a run, and its folder."""
-    from mmlong.cli.runs import runs_of
-    from mmlong.models import AutoregressiveModel, load_model
+    from mmlong.cli.runs import saved_model
+    from mmlong.models import AutoregressiveModel
 
-    folder = Path(what)
-    if not folder.is_dir():
-        found = [run for run in runs_of(what, Path(runs)) if (run / "model.safetensors").is_file()]
-        if not found:
-            raise CommandError(
-                f"{what}: no such folder, and no finished run of a recipe of this name under {runs}/; train one with `mmlong fit -c {what}`"
-            )
-        folder = found[0]
-    try:
-        model = load_model(folder)
-    except FileNotFoundError as error:
-        raise CommandError(f"{error}. A run has it when its training is over", status=1) from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise CommandError(str(error.args[0]) if error.args else str(error), status=1) from error
+    model, folder = saved_model(what, Path(runs))
     if not isinstance(model, AutoregressiveModel):
         raise CommandError(
             f"{folder} holds a model of kind {model.config.get('kind', 'plain')!r}, which has no next token: train one with mmlong.tasks.AutoregressTask (`mmlong recipes '*_ar'`)",
             status=1,
         )
-    return model.eval(), folder
+    return model, folder
 
 
 def run_generate(argv: list[str]) -> int:

@@ -46,6 +46,30 @@ def run_of(checkpoint: Path) -> Path | None:
     return folder if checkpoint.parent.name == CHECKPOINTS and is_run(folder) else None
 
 
+def saved_model(what: str, root: Path) -> tuple[Any, Path]:
+    """The saved model of a run folder, a folder of a saved model, or a recipe's newest finished run; and its folder.
+
+    Raises:
+        CommandError: there is none, or it is damaged.
+    """
+    from mmlong.models import load_model
+
+    folder = Path(what)
+    if not folder.is_dir():
+        found = [run for run in runs_of(what, root) if (run / "model.safetensors").is_file()]
+        if not found:
+            raise CommandError(
+                f"{what}: no such folder, and no finished run of a recipe of this name under {root}/; train one with `mmlong fit -c {what}`"
+            )
+        folder = found[0]
+    try:
+        return load_model(folder).eval(), folder
+    except FileNotFoundError as error:
+        raise CommandError(f"{error}. A run has it when its training is over", status=1) from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise CommandError(str(error.args[0]) if error.args else str(error), status=1) from error
+
+
 def resolve_run(what: str) -> Path | None:
     """The run folder that ``--ckpt_path`` names or lies in, if it does, before any recipe is known."""
     path = Path(what)

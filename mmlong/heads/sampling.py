@@ -75,8 +75,10 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
 def uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Numbers in (0, 1) of the shape of ``like``, drawn where the generator lives (its own device; the CPU if there is none)."""
     device = "cpu" if generator is None else generator.device
+    # The same numbers, but an exported program of any shape knows only the form without a generator.
+    given = {} if generator is None else {"generator": generator}
     # 24 bits and half a step: neither 0 nor 1 can come, so that logarithms are finite.
-    return (torch.randint(1 << 24, like.shape, generator=generator, device=device).to(like.device) + 0.5) / (1 << 24)
+    return (torch.randint(1 << 24, like.shape, **given, device=device).to(like.device) + 0.5) / (1 << 24)
 
 
 def draw_codes(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:

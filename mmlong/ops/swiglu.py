@@ -34,8 +34,10 @@ def swiglu(x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: T
     Traced code (``torch.compile``, ``torch.export``), other devices' eager kernels and second derivatives see the definition itself where the
     blocks would bring nothing: a compiler fuses it, and a GPU's cache is not blocked from Python.
     """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return swiglu_reference(x, w_in, b_in, w_out, b_out)
     small = x.numel() * w_in.shape[0] // x.shape[-1] * x.element_size() <= 2 * BLOCK_BYTES
-    if small or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if small:
         return swiglu_reference(x, w_in, b_in, w_out, b_out)
     return _SwiGLU.apply(x, w_in, b_in, w_out, b_out)
 
