@@ -22,6 +22,8 @@ PACKAGES = (
     "webdataset",
     "xformers",
     "fla-core",
+    "mamba-ssm",
+    "causal-conv1d",
     "numpy",
     "jsonargparse",
 )
@@ -34,6 +36,8 @@ EXTRAS = {
     "bench": (("transformers", "local_attention", "s5"), "peers that `mmlong bench --against` runs"),
     "xformers": (("xformers",), "memory-efficient attention kernels on CUDA"),
     "gpu": (("fla",), "Triton kernels for linear attention on CUDA"),
+    "mamba-ssm": (("mamba_ssm",), "Mamba-2's own Triton kernels on CUDA, for its recurrence and its norm"),
+    "causal-conv1d": (("causal_conv1d",), "one kernel for short convolutions on CUDA"),
 }
 
 
@@ -94,7 +98,7 @@ def run_doctor(argv: list[str]) -> int:
     for extra, (modules, brings) in EXTRAS.items():
         missing = [m for m in modules if importlib.util.find_spec(m) is None]
         state = "installed" if not missing else f'would add {brings}: pip install "mmlong[{extra}]"'
-        print(f"  {extra:9} {state}")
+        print(f"  {extra:14} {state}")
     return 0
 
 
@@ -103,7 +107,7 @@ LENGTH = 512
 
 
 def paths_taken(name: str, device: str) -> list[str]:
-    """What a mixer computes with here, in float32: for full rows in training, for padded rows, and for one token after a past.
+    """What a mixer computes with here: for full rows in training, for padded rows and for one token after a past, in float32; then for full rows in bfloat16.
 
     It is run and looked at, so this is what happens and not what was meant to. ``torch``: it has no op with several backends.
     """
@@ -117,20 +121,20 @@ def paths_taken(name: str, device: str) -> list[str]:
     mixer = create_mixer(name, 64, causal=traits.causal).to(device)
     x = torch.randn(2, LENGTH, 64, device=device)
 
-    def run(*arguments: Any) -> tuple[str, Any]:
+    def run(*arguments: Any, half: bool = False) -> tuple[str, Any]:
         try:
-            with taken() as found:
+            with taken() as found, torch.autocast(device, torch.bfloat16, enabled=half):
                 _, state = mixer(*arguments)
         except (RuntimeError, ImportError, ValueError) as error:
             return f"cannot run: {error}", None
-        return ", ".join(f"{op}: {backend}" for op, backend in dict.fromkeys(found)) or "torch", state
+        return "\n".join(f"{op}: {backend}" for op, backend in dict.fromkeys(found)) or "torch", state
 
     full, state = run(x)
     lengths = torch.tensor([LENGTH, LENGTH // 3], device=device)
     padded = run(x, None, Layout(lengths=lengths))[0] if traits.padding else "-"
     with torch.no_grad():
         one = run(x[:, :1], state)[0] if traits.causal and traits.streaming else "-"
-    return [full, padded, one]
+    return [full, padded, one, run(x, half=True)[0]]
 
 
 def _backends(mixers: list[str], device: str) -> None:
@@ -139,7 +143,7 @@ def _backends(mixers: list[str], device: str) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     table = Table(box=None, pad_edge=False, show_header=True)
-    for heading in ("mixer", "full rows", "padded rows", "one token after others"):
+    for heading in ("mixer", "full rows", "padded rows", "one token after others", "full rows, bfloat16"):
         table.add_column(heading, overflow="fold")
     for name in mixers:
         table.add_row(name, *paths_taken(name, device))

@@ -23,7 +23,15 @@ CUDA = frozenset({"cuda"})
 
 
 class BackendError(RuntimeError):
-    """No backend, or not the one that was asked for, can do what is asked; the message says why and what to do."""
+    """No backend, or not the one that was asked for, can do what is asked; the message says why and what to do.
+
+    Attributes:
+        reason: why alone, where one backend was asked for.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -147,7 +155,7 @@ class Backends:
             reason = chosen.refusal(request)
             if reason is None:
                 return chosen
-            raise BackendError(f"{self.op}: backend {name!r} {reason}. backend='auto' takes one that can")
+            raise BackendError(f"{self.op}: backend {name!r} {reason}. backend='auto' takes one that can", reason)
         ranked = sorted(self._known.values(), key=lambda b: not b.automatic)
         reasons = []
         for backend in [*(self[n] for n in order), *ranked]:

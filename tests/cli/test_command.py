@@ -106,16 +106,28 @@ def test_tables(mmlong: Call) -> None:
     assert (status, "did you mean" in answer) == (1, True)
     status, answer = mmlong("doctor")
     assert status == 0
-    for word in ("torch 2", "threads in use", "attention", "xformers"):
+    for word in (
+        "torch 2",
+        "threads in use",
+        "attention",
+        "xformers",
+        "mamba_ssm",
+        'pip install "mmlong[causal-conv1d]"',
+    ):
         assert word in answer
     mixers = answer.partition("what each mixer takes")[2].partition("backend")[0]
-    lines = {line.split()[0]: line for line in mixers.splitlines()[2:] if line.strip()}
+    lines, name = dict[str, str](), ""
+    for line in mixers.splitlines()[2:]:
+        name = line.split()[0] if line.strip() and not line.startswith(" ") else name
+        lines[name] = lines.get(name, "") + line
     from mmlong.mixers import list_mixers
 
-    assert {*list_mixers(), "op"} == set(lines), "a line a mixer"
+    assert {*list_mixers(), "op"} == set(lines), "a row a mixer"
     assert "attention: sdpa" in lines["attention"]
     assert "attention: tiled" in lines["local"] or "attention: blocks" in lines["local"]
-    assert "attention" not in lines["mamba2"]
+    assert "linear_attention: portable" in lines["mamba2"]
+    assert "short_conv: portable" in lines["hyena"]
+    assert "torch" in lines["s4d"]
     status, answer = mmlong("recipes", "image/*")
     assert (status, "image/cells256 " in answer) == (0, True)
     status, answer = mmlong("fit", "--help")

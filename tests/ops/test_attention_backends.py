@@ -159,6 +159,27 @@ def test_varlen_runs_over_documents_one_after_another(monkeypatch: pytest.Monkey
     torch.testing.assert_close(got, attention_reference(q, k, v, visible), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "visible", "length", "dropout", "name"),
+    [
+        ("ragged", Visible(None, 0, torch.zeros(1, 1)), 32768, False, "flex"),
+        ("ragged", Visible(None, 0, torch.zeros(1, 1)), 32768, True, "tiled"),
+        ("ragged past", Visible(None, 0, torch.zeros(1, 1)), 32768, False, "flex"),
+        ("ragged", Visible(None, 0, torch.zeros(1, 1)), 1024, False, "sdpa"),
+        ("ragged window", Visible(4096, 0, torch.zeros(1, 1)), 32768, False, "flex"),
+        ("ragged window", Visible(4096, 0, torch.zeros(1, 1)), 32768, True, "blocks"),
+        ("ragged window", Visible(128, 0, torch.zeros(1, 1)), 32768, False, "blocks"),
+        ("window", Visible(4096, 0), 32768, False, "blocks"),
+        ("causal", Visible(None, 0), 32768, False, "sdpa"),
+        ("past", Visible(None, 0), 32768, False, "sdpa"),
+    ],
+)
+def test_what_a_gpu_takes_of_itself(kind: str, visible: Visible, length: int, dropout: bool, name: str) -> None:
+    request = Request("cuda", torch.bfloat16, kind, dropout, True)
+    order = module._fastest(kind, "cuda", 1, length, length, visible)
+    assert ATTENTION.choose(request, "auto", order).name == name
+
+
 def test_doctor_lists_them_all() -> None:
     rows = {r["backend"]: r for r in ATTENTION.describe("cpu")}
     assert list(rows) == ["sdpa", "tiled", "blocks", "flex", "varlen", "xformers"]

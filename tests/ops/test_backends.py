@@ -101,12 +101,15 @@ def test_describe(some: Backends) -> None:
 
 def test_what_was_taken_is_noted_only_inside(some: Backends) -> None:
     plain = Backends.choose
+    some.register(Backend("portable", str))
+    known = Backends.portable
     with pytest.raises(BackendError), taken() as found:
         some.choose(CPU)
         some.choose(CPU, "special")
+        assert some.portable().name == "portable"
         some.choose(CPU, "absent")
-    assert found == [("toy", "plain"), ("toy", "special")]
-    assert Backends.choose is plain
+    assert found == [("toy", "plain"), ("toy", "special"), ("toy", "portable")]
+    assert (Backends.choose, Backends.portable) == (plain, known)
 
 
 def test_cuda_package_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,8 +126,40 @@ def test_cuda_package_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_optional_packages_are_not_imported_with_the_house() -> None:
     code = (
-        "import sys, mmlong.mixers, mmlong.ops.attention_backends as a; a.ATTENTION.describe('cuda');"
-        "print([m for m in ('xformers', 'mslk', 'fla', 'torch.nn.attention.varlen', 'transformers') if m in sys.modules])"
+        "import sys, mmlong.mixers, mmlong.ops.backends as b; assert len(b.describe('cuda')) > 10;"
+        "optional = ('xformers', 'mslk', 'fla', 'mamba_ssm', 'causal_conv1d', 'torch.nn.attention.varlen', 'transformers');"
+        "print([m for m in optional if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_extra_that_is_named_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    import re
+    import tomllib
+    from pathlib import Path
+
+    import mmlong.mixers  # noqa: F401, it registers the backends of every op
+    from mmlong.cli.tables import EXTRAS
+    from mmlong.ops import backends
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    cuda_package.cache_clear()
+    try:
+        told = [b.available()[1] for op in backends._OPS.values() for b in op._known.values()]
+    finally:
+        cuda_package.cache_clear()
+    named = {extra for reason in told for extra in re.findall(r"mmlong\[(.+?)\]", reason)}
+    assert named == {"xformers", "gpu", "mamba-ssm", "causal-conv1d"}
+    assert named <= set(EXTRAS) & set(project["optional-dependencies"])
+
+
+def test_what_does_not_fit_is_refused_before_the_package_is_looked_for() -> None:
+    def looked() -> tuple[bool, str]:
+        raise AssertionError("looked for the package")
+
+    backend = Backend("small", str, fits=lambda r: None if r.sizes["n"] < 5 else "takes n below 5", available=looked)
+    assert backend.refusal(Request("cpu", torch.float32, sizes={"n": 7})) == "takes n below 5"
+    with pytest.raises(AssertionError, match="looked"):
+        backend.refusal(Request("cpu", torch.float32, sizes={"n": 4}))
