@@ -12,6 +12,7 @@ import argparse
 import json
 import platform
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ def contest(name: str, options: argparse.Namespace, console: Console, run: RunJo
         [options.length], options.dim, options.batch, rounds=options.rounds, repeats=options.repeats, threads=options.threads
     )  # fmt: skip
     sides = against(peer.mixer, entry.peer, {})
-    rows = dict(zip(("ours", "theirs"), run_contests([sides], conditions, run, console.print), strict=True))
+    say = partial(console.print, soft_wrap=True)
+    rows = dict(zip(("ours", "theirs"), run_contests([sides], conditions, run, say), strict=True))
     for side, row in rows.items():
         if row.failed is not None:
             raise SystemExit(f"{name}, {side}: {row.failed}")

@@ -51,7 +51,7 @@ class Pretend:
             shift = 0.001 if job["compile"] else 0.0
             return {
                 "microseconds": [1e6 * seconds] * (job["tokens"] // job["window"]), "begin_seconds": 1.0, "state_bytes": 8, "weight_bytes": 4,
-                "prediction": [1.0, -2.0 + shift], "operators": 10.0, "operator_microseconds": 4e5, "single_microseconds": 1e6,
+                "prediction": [1.0, -2.0 + shift], "operators": 10.0, "operator_microseconds": 4e5, "profiled_microseconds": 1e6, "single_microseconds": 1e6,
                 "batch_microseconds": 1e6 + 63 * 2.5e5,
             }  # fmt: skip
         times = [{"forward": seconds / 3, "all": seconds * (1 + i), "cpu": 2 * seconds} for i in range(job["repeats"])]
