@@ -102,7 +102,10 @@ def _class_names(folder: Path) -> list[str]:
     import yaml
     from jsonargparse import ArgumentError, ArgumentParser
 
+    from mmlong.cli.train import hush
     from mmlong.datamodules.errors import DataError
+
+    hush()
 
     try:
         given = yaml.safe_load((folder / CONFIG).read_text())["data"]

@@ -40,7 +40,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import mmlong
-from mmlong.export.formats import ExportError, load_program, require_format, suffix, trace, write_program, written_as
+from mmlong.export.formats import (
+    ExportError,
+    first_line,
+    load_program,
+    require_format,
+    suffix,
+    trace,
+    write_program,
+    written_as,
+)
 from mmlong.export.programs import Bounds, Program, Size, axes, generator_programs, predict_program
 from mmlong.heads import Sampling
 from mmlong.models import AutoregressiveModel, Model
@@ -270,7 +279,7 @@ def _compare(program: Program, given: Sequence[Tensor], run: Callable[..., tuple
             torch.manual_seed(0)
             found = run(*given)
     except Exception as error:
-        raise ExportError(f"{program.name} does not run at {size}: {type(error).__name__}: {error}") from error
+        raise ExportError(f"{program.name} was written and does not run at {size}: {first_line(error)}") from error
     most = 0.0
     for name, ours, theirs in zip(program.outputs, expected, found, strict=True):
         what = f"{program.name} is not what the model computes, at {size}: {name}"

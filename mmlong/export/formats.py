@@ -109,7 +109,7 @@ def trace(program: Program, batch: Bounds, size: Size, sizes: Sequence[Size], sh
                 prefer_deferred_runtime_asserts_over_guards=True,
             )  # fmt: skip
     except Exception as error:
-        raise ExportError(f"{program.name} cannot be traced by torch.export: {_first_line(error)}") from error
+        raise ExportError(f"{program.name} cannot be traced by torch.export: {first_line(error)}") from error
     return found
 
 
@@ -127,7 +127,8 @@ class _Positional(torch.nn.Module):
         return tuple(t.clone() if any(t is g for g in given) else t for t in found)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:2])}"[:600] if lines else type(error).__name__
 
@@ -152,7 +153,7 @@ def write_program(traced: ExportedProgram, program: Program, path: Path, form: s
                 )  # fmt: skip
                 made.save(path)
     except Exception as error:
-        raise ExportError(f"{program.name} cannot be written in format {form}: {_first_line(error)}") from error
+        raise ExportError(f"{program.name} cannot be written in format {form}: {first_line(error)}") from error
 
 
 @contextmanager
@@ -189,7 +190,7 @@ def load_program(path: Path, form: str, inputs: Sequence[str]) -> Run:
     except ExportError:
         raise
     except Exception as error:
-        raise ExportError(f"{path} cannot be loaded: {_first_line(error)}") from error
+        raise ExportError(f"{path} cannot be loaded: {first_line(error)}") from error
 
 
 def _tuple_of(run: Any) -> Run:
@@ -237,7 +238,7 @@ def refuse_pickles(path: Path) -> None:
     except (zipfile.BadZipFile, KeyError, ValueError, RuntimeError, OSError) as error:
         if isinstance(error, ExportError):
             raise
-        raise ExportError(f"{path} is damaged: {_first_line(error)}") from error
+        raise ExportError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def _onnx_session(path: Path, inputs: Sequence[str]) -> Run:

@@ -7,6 +7,7 @@ together have probability p), min-p (Nguyen et al. 2024: codes at least ``min_p`
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ def uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Numbers in (0, 1) of the shape of ``like``, drawn where the generator lives (its own device; the CPU if there is none)."""
     device = "cpu" if generator is None else generator.device
     # The same numbers, but an exported program of any shape knows only the form without a generator.
-    given = {} if generator is None else {"generator": generator}
+    given: dict[str, Any] = {} if generator is None else {"generator": generator}
     # 24 bits and half a step: neither 0 nor 1 can come, so that logarithms are finite.
     return (torch.randint(1 << 24, like.shape, **given, device=device).to(like.device) + 0.5) / (1 << 24)
 
