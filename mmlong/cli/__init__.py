@@ -28,6 +28,7 @@ data
              mmlong bench mixers mamba2 --against all             seconds, memory and growth; also blocks, models, stream, table
 
 look
+  estimate   mmlong estimate -c text/stdlib_ar --length 1e9 --ranks 64    memory, FLOPs, traffic and time of a step before it is run
   mixers     what can mix tokens, and what each can do
   doctor     versions, threads, and which backend each mixer takes on this machine
 
@@ -37,7 +38,7 @@ options
 """
 
 TRAINING = ("fit", "validate", "test", "predict")
-COMMANDS = (*TRAINING, "generate", "score", "export", "recipes", "pack", "bench", "mixers", "doctor")
+COMMANDS = (*TRAINING, "generate", "score", "export", "recipes", "pack", "bench", "estimate", "mixers", "doctor")
 
 
 def _dispatch(command: str, rest: list[str]) -> int:
@@ -61,6 +62,10 @@ def _dispatch(command: str, rest: list[str]) -> int:
         from mmlong.cli.bench import run_bench
 
         return run_bench(rest)
+    if command == "estimate":
+        from mmlong.cli.estimate import run_estimate
+
+        return run_estimate(rest)
     if command == "mixers":
         from mmlong.cli.tables import run_mixers
 

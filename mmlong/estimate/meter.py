@@ -1,7 +1,6 @@
 """What operators do to the machine, recorded as they are dispatched: arithmetic, bytes moved, kernels, and the bytes that are alive.
 
-Runs over real tensors and over fake ones (``torch._subclasses``: shapes and storages without memory) alike, so a step is measured the same way whether it is run or only
-followed. Alive is what tensors hold; what a kernel takes for itself while it runs (a product's packed operands) is not seen. Bytes moved are each operator's inputs and outputs once,
+Runs over steps that are computed and steps that are only followed (:mod:`mmlong.estimate.hollow`) alike, so both are measured the same way. Alive is what tensors hold; what a kernel takes for itself while it runs (a product's packed operands) is not seen. Bytes moved are each operator's inputs and outputs once,
 as if nothing stayed in a cache between two operators.
 """
 

@@ -1,8 +1,7 @@
 """A training step of a recipe without its data and without Lightning: what ``fit`` does between two batches, on a batch of the recipe's shapes.
 
 ``training_step`` under the trainer's precision, backward, gradient clipping, the optimiser's step and the averaged weights. Values are drawn, sizes are the recipe's; rows are as
-long as they may be, so what is found holds for the largest batch. The step can be run, or followed on fake parameters (:func:`without_memory`): then everything that a
-parameter has touched is a shape without numbers, and what has not (raw data, tokens, lengths, masks, random choices) is real, so that code which looks at such values still can.
+long as they may be, so what is found holds for the largest batch. The step can be run, or followed without being computed, under :class:`mmlong.estimate.hollow.Hollow`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from mmlong.registry import nearest
@@ -100,7 +98,6 @@ class TrainingStep:
     Args:
         task: of the recipe; taken over: it is told to log nothing and to compile nothing.
         trainer: the recipe's trainer options; ``precision``, ``gradient_clip_val`` and ``accumulate_grad_batches`` are read.
-        fake: follow it on shapes instead of running it.
 
     Attributes:
         model: the task's.
@@ -109,7 +106,7 @@ class TrainingStep:
         accumulate: batches to an optimiser step.
     """
 
-    def __init__(self, task: Task, trainer: dict[str, Any], fake: bool = False) -> None:
+    def __init__(self, task: Task, trainer: dict[str, Any]) -> None:
         self.task = task
         self.model = task.model
         task.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
@@ -122,14 +119,17 @@ class TrainingStep:
             self.model.backbone.requires_grad_(False)
         decay = task.optim.ema
         self.averaged = AveragedModel(self.model, avg_fn=get_ema_avg_fn(decay), use_buffers=False) if decay else None
-        if fake:
-            without_memory(task, self.averaged)
         self.optimizer, _ = build_optimizer(self.model, task.optim, int(trainer.get("max_steps") or 1))
 
     @property
     def trained(self) -> list[nn.Parameter]:
         """Parameters that get a gradient."""
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """All parameters, averaged ones too."""
+        return [*self.model.parameters(), *(() if self.averaged is None else self.averaged.parameters())]
 
     def settle(self, batch: Batch) -> None:
         """What the first step of a run does for all later ones: the optimiser's state is made, and a state to be carried."""
@@ -163,17 +163,3 @@ class TrainingStep:
             self.forward(batch).backward()
         self.update()
         self.optimizer.zero_grad()
-
-
-def without_memory(*modules: nn.Module | None) -> None:
-    """Put fake parameters in the place of real ones: same shapes, no numbers. Buffers stay."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    made: dict[int, nn.Parameter] = {}
-    for module in modules:
-        for part in () if module is None else module.modules():
-            for name, p in part._parameters.items():
-                if p is None:
-                    continue
-                if id(p) not in made:
-                    made[id(p)] = nn.Parameter(mode.from_tensor(p.detach()), p.requires_grad)
-                part._parameters[name] = made[id(p)]
