@@ -105,7 +105,7 @@ def run_contests(
     Yields:
         rows as they are done: by length, number format, mode and contest.
     """
-    checked = {i: _compare(sides, conditions, run) for i, sides in enumerate(contests)}
+    checked = {i: _compare(sides, conditions, run, say) for i, sides in enumerate(contests)}
     for length in conditions.lengths:
         for dtype in conditions.dtypes:
             for mode in conditions.modes:
@@ -153,13 +153,15 @@ def _told(result: dict[str, Any]) -> str:
     return f"{min(t['all'] for t in result['times']):.3g} s{memory}"
 
 
-def _compare(sides: Sequence[Subject], conditions: Conditions, run: RunJob) -> dict[str, Any]:
+def _compare(sides: Sequence[Subject], conditions: Conditions, run: RunJob, say: Say) -> dict[str, Any]:
     """The difference of two sides that are the same function, or why there is nothing to compare."""
     peer = None if sides[0].peer is None else PEERS[sides[0].peer]
     if peer is None or not peer.same:
         return {}
     job = {"kind": "compare", **conditions.where(), "subject": asdict(sides[0]), "dim": conditions.dim}
     found = run({**job, "length": max(conditions.lengths)})
-    if found.get("difference", 0.0) > peer.tolerance:
-        return {"failed": f"ours and {peer.title} differ by {found['difference']:.2g}: there is nothing to compare"}
+    if "difference" in found and not found["difference"] <= peer.tolerance:  # not a number is no agreement either
+        found = {"failed": f"ours and {peer.title} differ by {found['difference']:.2g}: there is nothing to compare"}
+    agree = found.get("failed") or f"ours and {peer.title} agree, to {found['difference']:.1g}"
+    say(f"{sides[0].name}: {agree}".split("\n")[0])
     return found

@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,19 +174,21 @@ def _contests(options: argparse.Namespace, ffn: str | None) -> list[list[Subject
         if not mine:
             made.append([Subject(mixer, given[mixer], options.direction, ffn)])
     require([PEERS[name] for name in peers])
-    _try(made, options.dim)
+    _try([sides[0] for sides in made], options.dim)
     return made
 
 
-def _try(contests: list[list[Subject]], dim: int) -> None:
-    """Build each of ours once, so that a wrong option is told now and not by every process."""
-    from dataclasses import asdict
-
-    for sides in contests:
+def _try(subjects: Sequence[Subject], dim: int) -> None:
+    """Build each of ours once, so that a wrong option is told now and not by every process. No peer is imported."""
+    for subject in subjects:
+        alone = subject
+        if subject.peer is not None:
+            peer = PEERS[subject.peer]
+            alone = replace(subject, peer=None, options={**peer.options, **subject.options}, direction=peer.direction)
         try:
-            build_layer({**asdict(sides[0])}, dim)
+            build_layer(asdict(alone), dim)
         except (ValueError, TypeError) as error:
-            raise CommandError(f"{sides[0].name} at dim {dim}: {error}") from error
+            raise CommandError(f"{subject.name} at dim {dim}: {error}") from error
 
 
 def _layers(what: str, argv: list[str]) -> int:
@@ -312,9 +315,9 @@ def _stream(argv: list[str]) -> int:
     given = _options(options.option, mixers)
     for mixer in mixers:
         subject = Subject(mixer, given[mixer], "causal")
-        _try([[subject]], options.dim)
+        _try([subject], options.dim)
         try:
-            require_streaming(build_layer(_plain(subject), options.dim)[0], "one token at a time")
+            require_streaming(build_layer(asdict(subject), options.dim)[0], "one token at a time")
         except ValueError as error:
             raise CommandError(str(error)) from error
     conditions = _conditions(options, lengths=[])
@@ -332,12 +335,6 @@ def _stream(argv: list[str]) -> int:
     return _measured(["bench", "stream", *argv], options, conditions, measure)
 
 
-def _plain(subject: Subject) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(subject)
-
-
 def _table(argv: list[str]) -> int:
     from mmlong.bench.step import default_model, run_models
 
@@ -350,7 +347,7 @@ def _table(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     contests = preset.contests()
     require([PEERS[side.peer] for sides in contests for side in sides if side.peer is not None])
-    _try(contests, options.dim)
+    _try([sides[0] for sides in contests], options.dim)
     layers = _conditions(options, lengths=options.lengths, dim=options.dim, peer_length=options.peers_to)
     steps = _conditions(options, lengths=[], dtypes=tuple(DTYPES))
 
@@ -387,6 +384,10 @@ def _measured(
                 "seconds": options.peak_seconds,
             }
             looked.append(run_job(job))
+            told = looked[-1].get("failed") or ", ".join(
+                f"{key} {value / 1e9:,.1f} G/s" for key, value in looked[-1].items()
+            )
+            console.print(f"this machine: {told}", markup=False, soft_wrap=True)
             best: dict[str, float] = {}
             for found in looked:
                 for key, value in found.items():

@@ -65,12 +65,13 @@ def test_peers_stop_at_their_length_and_formats_and_modes_are_swept(pretend: Any
     assert "compare" not in {job["kind"] for job in pretend.jobs}  # another function: there is nothing to hold equal
 
 
-def test_sides_that_differ_are_not_timed(pretend: Any) -> None:
-    pretend.difference = 0.5
+@pytest.mark.parametrize("difference", [0.5, float("nan")])
+def test_sides_that_differ_are_not_timed(pretend: Any, difference: float) -> None:
+    pretend.difference = difference
     rows = list(run_contests([against("local", "longformer", {})], Conditions([100]), pretend))
     assert [job["kind"] for job in pretend.jobs] == ["compare"]
     assert [row.failed for row in rows] == [
-        "ours and transformers LongformerSelfAttention differ by 0.5: there is nothing to compare"
+        f"ours and transformers LongformerSelfAttention differ by {difference:.2g}: there is nothing to compare"
     ] * 2
 
 
