@@ -21,7 +21,7 @@ sum over pairs, since every path through ``a_t`` as a query's side ends in ``y_t
 
     d a_t = dY_t . Y_t - V_t . dV_t,   plus <S_Q, dS_Q> at the chunk's end;   d g = reversed cumulative sum of d a.
 
-That is the form on a CPU. On other devices, and under a compiler, all chunks of a stretch go at once in operations that autograd understands, or a package's kernels do it
+That is the form on a CPU. Under a compiler all chunks go at once in operations that autograd understands, on other devices all chunks of a stretch, or a package's kernels do it
 (:mod:`mmlong.ops.linear_attention_backends`).
 """
 
@@ -184,7 +184,7 @@ def _portable(r: Recurrence) -> tuple[Tensor, Tensor]:
     q, k, v, g, log_input, skip, state, documents, _, size, keep = r
     if _is_one_token(r):
         return _one_token(q, k, v, g, log_input, skip, state)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and (v.device.type == "cpu" or torch.compiler.is_exporting()):
         with torch.autocast(v.device.type, enabled=False):
             return _plain(q, k, v, g, log_input, skip, state, documents, size)
     if v.device.type != "cpu":

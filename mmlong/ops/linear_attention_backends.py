@@ -82,18 +82,19 @@ def _mamba_ssm(r: Recurrence) -> tuple[Tensor, Tensor]:
     package = load("mamba_ssm.ops.triton.ssd_combined", "mamba-ssm", "linear_attention", "mamba_ssm")
     assert r.log_input is not None
     q, k = r.q.to(r.v.dtype), r.k.to(r.v.dtype)
-    return package.mamba_chunk_scan_combined(
-        r.v,
-        r.log_input.exp(),
-        r.rate,
-        k,
-        q,
-        MAMBA_CHUNK,
-        D=r.skip,
-        initial_states=r.state,
-        seq_idx=None if r.documents is None else r.documents.to(torch.int32).contiguous(),
-        return_final_states=True,
-    )
+    with torch.autocast(r.v.device.type, enabled=False):
+        return package.mamba_chunk_scan_combined(
+            r.v,
+            r.log_input.exp(),
+            r.rate,
+            k,
+            q,
+            MAMBA_CHUNK,
+            D=r.skip,
+            initial_states=r.state,
+            seq_idx=None if r.documents is None else r.documents.to(torch.int32).contiguous(),
+            return_final_states=True,
+        )
 
 
 def _mamba_ssm_fits(request: Request) -> str | None:
@@ -144,9 +145,10 @@ def _fla(r: Recurrence) -> tuple[Tensor, Tensor]:
         going_on = torch.where((r.documents[:, 0] == 0)[:, None, None, None], state, 0)
         state = state.new_zeros(bounds.shape[0] - 1, *state.shape[1:]).index_copy(0, first, going_on)
         q, k, v, g = (t.flatten(0, 1)[None] for t in (q, k, v, g))
-    y, after = package.chunk_simple_gla(
-        q, k, v, g, scale=1.0, initial_state=state.contiguous(), output_final_state=True, cu_seqlens=bounds
-    )
+    with torch.autocast(r.v.device.type, enabled=False):
+        y, after = package.chunk_simple_gla(
+            q, k, v, g, scale=1.0, initial_state=state.contiguous(), output_final_state=True, cu_seqlens=bounds
+        )
     if last is not None:
         y, after = y.view(r.v.shape), after.index_select(0, last)
     if r.skip is not None:

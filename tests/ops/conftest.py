@@ -74,6 +74,7 @@ def mamba_ssm(monkeypatch: pytest.MonkeyPatch) -> Calls:
         if seq_idx is not None:
             assert seq_idx.shape == (batch, length)
             assert (seq_idx.dtype, seq_idx.is_contiguous()) == (torch.int32, True)
+        assert not torch.is_autocast_enabled("cpu")
         calls.append({"chunk_size": chunk_size, "dtype": x.dtype, "seq_idx": seq_idx})
         wide = torch.promote_types(x.dtype, torch.float32)
         S = x.new_zeros(batch, heads, width, columns, dtype=wide) if initial_states is None else initial_states.to(wide)
@@ -149,6 +150,7 @@ def fla(monkeypatch: pytest.MonkeyPatch) -> Calls:
         assert q.dtype == k.dtype == v.dtype
         assert g.dtype in (torch.float32, torch.float64)
         assert initial_state is not None
+        assert not torch.is_autocast_enabled("cpu")
         calls.append({"q": tuple(q.shape), "scale": scale, "cu_seqlens": cu_seqlens, "dtype": v.dtype})
         # The naive form computes in float32; state and output are held against that.
         if cu_seqlens is None:

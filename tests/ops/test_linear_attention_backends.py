@@ -121,7 +121,8 @@ def test_half_precision_goes_in_and_comes_out(vendor: str, here: Here, request: 
     here(LINEAR_ATTENTION, vendor)
     inputs = make(2, 9, 2, 1, 4, 4, torch.float32)
     low = {n: t.detach().bfloat16().requires_grad_() if n in ("q", "k", "v") else t for n, t in inputs.items()}
-    y, state = call(low, vendor)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = call(low, vendor)
     assert (y.dtype, state.dtype, calls[0]["dtype"]) == (torch.bfloat16, torch.float32, torch.bfloat16)
     want, want_state = call({n: t.double() for n, t in low.items()}, "definition")
     torch.testing.assert_close(y.double(), want, rtol=3e-2, atol=3e-2)
@@ -334,6 +335,19 @@ def test_stretches_are_the_whole(monkeypatch: pytest.MonkeyPatch, resets: bool) 
         y, after = form(q, k, v, -log_input.exp(), log_input, skip, state, documents, 4)
         gradients = torch.autograd.grad(y.sin().sum() + after.sin().sum(), leaves)
         found.append([y, after, *gradients])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.slow
+def test_stretches_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(portable, "STRETCH_CHUNKS", 2)
+    i = make(1, 20, 2, 1, 3, 2, torch.float32)
+    leaves = [i[n] for n in ("q", "k", "v", "log_input", "skip", "state")]
+    q, k, v, log_input, skip, state = leaves
+    found = []
+    for form in (torch.compile(portable._stretches, backend="aot_eager", fullgraph=True), portable._stretches):
+        y, after = form(q, k, v, -log_input.exp(), log_input, skip, state, None, 4)
+        found.append([y, after, *torch.autograd.grad(y.sin().sum() + after.sin().sum(), leaves)])
     torch.testing.assert_close(*found)
 
 
