@@ -111,6 +111,26 @@ class AutoregressiveModel(Model):
             after["tokens"] = whole.gather(1, kept[..., None].expand(-1, -1, whole.shape[-1]))
         return x, after
 
+    def state_before(self, tokens: Tensor, start: int, layout: Layout | None = None) -> State:
+        """The state after ``tokens[:, :start]``, without the backbone's (``None``): what a piece that begins there needs of the tokens themselves.
+
+        Args:
+            tokens: ``(B, L, ...)``, the whole rows.
+            start: where the piece begins, at least 1. Rows that end before it get some state.
+            layout: of the whole rows.
+        """
+        passed = torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
+        index = document_index(passed, start, None if layout is None else layout.slice(0, start))
+        state = {
+            "backbone": None,
+            "last": self.modality.values(tokens[:, start - 1 : start]),
+            "passed": index[:, -1] + 1,
+        }
+        if self.linear is not None:
+            line = torch.cat([self._tail(None, tokens), tokens[:, :start]], 1)
+            state["tokens"] = line[:, line.shape[1] - self.linear.reach :]
+        return state
+
     def _tail(self, state: State, like: Tensor) -> Tensor:
         """The tokens before this piece that a linear prediction needs: ``(B, reach, C)``."""
         assert self.linear is not None

@@ -1,6 +1,7 @@
 """Sequences that lie on several ranks: who holds what, how states travel, and the loss that trains on them."""
 
 from mmlong.parallel.exchange import Chain
+from mmlong.parallel.layers import layered_loss, over_ranks, parallel_form
 from mmlong.parallel.loss import sequence_parallel_loss
 from mmlong.parallel.mesh import SequenceMesh, check_ranks, piece_bounds, rows_of, take_piece
 
@@ -8,6 +9,9 @@ __all__ = [
     "Chain",
     "SequenceMesh",
     "check_ranks",
+    "layered_loss",
+    "over_ranks",
+    "parallel_form",
     "piece_bounds",
     "rows_of",
     "sequence_parallel_loss",

@@ -64,7 +64,7 @@ class _Kept:
     after: list[Tensor]
 
 
-def _seed_of(*numbers: int) -> int:
+def seed_of(*numbers: int) -> int:
     """One seed of several numbers, none of which can stand for another (stirred as SplitMix64 does)."""
     mixed = 0
     for number in numbers:
@@ -82,7 +82,7 @@ def _run_rows(plan: _Plan, inputs: Sequence[Tensor], state: State, first: int, l
     def step(pieces: list[Tensor], state: State, layout: Layout | None) -> tuple[Tensor, State]:
         *pieces, where = pieces
         if seeded:
-            torch.manual_seed(_seed_of(plan.seed, first, int(where[0, 0])))
+            torch.manual_seed(seed_of(plan.seed, first, int(where[0, 0])))
         return plan.step(pieces, state, layout)
 
     length = inputs[0].shape[1]

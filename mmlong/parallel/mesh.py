@@ -22,6 +22,7 @@ class SequenceMesh:
         sequence: ranks that share a sequence, dividing the number of ranks.
         device_type: ``cpu`` or ``cuda``.
         rows: how many rows of a batch go through the ranks of a sequence together.
+        layers: run every layer on all pieces at once instead; see :mod:`mmlong.parallel.layers`.
 
     Attributes:
         mesh: torch's device mesh, with axes ``data`` and ``sequence``.
@@ -33,12 +34,12 @@ class SequenceMesh:
         ValueError: ``sequence`` does not divide the number of ranks.
     """
 
-    def __init__(self, sequence: int, device_type: str = "cpu", rows: int = 1) -> None:
+    def __init__(self, sequence: int, device_type: str = "cpu", rows: int = 1, layers: bool = False) -> None:
         from torch.distributed.device_mesh import init_device_mesh
 
         world = dist.get_world_size()
         check_ranks(sequence, world)
-        self.rows = rows
+        self.rows, self.layers = rows, layers
         self.mesh = init_device_mesh(device_type, (world // sequence, sequence), mesh_dim_names=("data", "sequence"))
         self.sequence_group = self.mesh.get_group("sequence")
         self.data_group = self.mesh.get_group("data")

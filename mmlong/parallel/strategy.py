@@ -26,6 +26,7 @@ class SequenceParallelStrategy(DDPStrategy):
     Args:
         sequence_ranks: ranks that share a sequence, dividing the number of ranks; ``None``: all of them.
         rows: how many rows of a batch go through the ranks of a sequence together; see :func:`mmlong.parallel.sequence_parallel_loss`.
+        layers: run every layer on all pieces at once, the activations of a piece kept, instead of row after row in segments; see :mod:`mmlong.parallel.layers`. Not with ``model.segment``.
         options: as for Lightning's ``DDPStrategy``.
 
     Raises:
@@ -34,11 +35,11 @@ class SequenceParallelStrategy(DDPStrategy):
 
     strategy_name = NAME
 
-    def __init__(self, sequence_ranks: int | None = None, rows: int = 1, **options: Any) -> None:
+    def __init__(self, sequence_ranks: int | None = None, rows: int = 1, layers: bool = False, **options: Any) -> None:
         if (sequence_ranks is not None and sequence_ranks < 1) or rows < 1:
             raise ValueError(f"sequence_ranks {sequence_ranks} and rows {rows} must be at least 1")
         super().__init__(**options)
-        self._asked, self._rows = sequence_ranks, rows
+        self._asked, self._rows, self._layers = sequence_ranks, rows, layers
 
     @property
     def sequence_ranks(self) -> int:
@@ -56,13 +57,21 @@ class SequenceParallelStrategy(DDPStrategy):
     def connect(self, model: pl.LightningModule) -> None:
         """Refuse what cannot run in pieces, before any rank waits for another."""
         check_task(model)
+        if self._layers and getattr(model, "compile_blocks", False):
+            raise ValueError(
+                f"strategy: {NAME} with layers speaks with other ranks inside blocks, which model.compile cannot take: set one of them"
+            )
+        if self._layers and getattr(model, "segment", None) is not None:
+            raise ValueError(
+                f"strategy: {NAME} with layers keeps the activations of a piece, and model.segment is {model.segment}: set one of them"  # type: ignore[attr-defined]
+            )
         check_ranks(self.sequence_ranks, self.num_nodes * self.num_processes)
         super().connect(model)
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Tell the task where its rank stands."""
         task: Any = self.lightning_module
-        task.ranks = SequenceMesh(self.sequence_ranks, self.root_device.type, self._rows)
+        task.ranks = SequenceMesh(self.sequence_ranks, self.root_device.type, self._rows, self._layers)
         super().setup(trainer)
 
     def teardown(self) -> None:

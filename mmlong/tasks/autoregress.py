@@ -20,7 +20,7 @@ from mmlong.backbone.segmented import check_keep, segmented_loss
 from mmlong.layout import Layout
 from mmlong.mixers import State
 from mmlong.models import AutoregressiveModel
-from mmlong.parallel import SequenceMesh, sequence_parallel_loss, take_piece
+from mmlong.parallel import SequenceMesh, layered_loss, piece_bounds, sequence_parallel_loss, take_piece
 from mmlong.tasks.autoregress_report import AutoregressReport
 from mmlong.tasks.base import Task
 from mmlong.tasks.carried import CarriedState, check_bounded
@@ -123,6 +123,12 @@ class AutoregressTask(Task):
     def _over_ranks(self, tokens: Tensor, layout: Layout, ranks: SequenceMesh) -> Tensor:
         """Summed nats of all pieces, the same on the ranks of a sequence; gradients are left to DDP, which averages over all ranks."""
         pieces, layout_here = take_piece([tokens], layout, ranks.sequence_size, ranks.sequence_rank)
+        if ranks.layers:
+            start, _ = piece_bounds(tokens.shape[1], ranks.sequence_size, ranks.sequence_rank)
+            state = self.generator.state_before(tokens, start, layout) if start else None
+            return layered_loss(
+                self.model, self.model.backbone, self._step, pieces, ranks.sequence_group, layout_here, state, start
+            )
         return sequence_parallel_loss(
             self.model, self._step, pieces, ranks.sequence_group, layout_here, segment=self.segment, keep=self.keep,
             truncate=self.truncate, rows=ranks.rows, reduce="mean",

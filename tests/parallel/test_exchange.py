@@ -14,7 +14,7 @@ from mmlong.layout import Layout
 from mmlong.mixers import state_tensors
 from mmlong.parallel import piece_bounds, take_piece
 from mmlong.parallel.exchange import build_state, form_of, pack, specs_of, unpack
-from mmlong.parallel.loss import _seed_of
+from mmlong.parallel.loss import seed_of
 
 
 class Pair(NamedTuple):
@@ -87,6 +87,6 @@ def test_pieces_make_up_the_sequence(length: int, size: int) -> None:
 
 
 def test_seeds_differ() -> None:
-    seeds = {_seed_of(seed, row, at) for seed in (0, 1, 2**61) for row in range(8) for at in range(0, 4096, 64)}
+    seeds = {seed_of(seed, row, at) for seed in (0, 1, 2**61) for row in range(8) for at in range(0, 4096, 64)}
     assert len(seeds) == 3 * 8 * 64
     assert all(0 <= seed < 2**63 for seed in seeds)

@@ -70,18 +70,22 @@ def fit(recipe: str, folder: str, *more: str) -> tuple[dict[str, Any], dict[str,
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "mmlong", "fit", "-c", recipe, f"--run_dir={folder}", *more],
-        capture_output=True, text=True, env=environment, timeout=180,
+        capture_output=True, text=True, env=environment, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     run = Path(folder)
     return json.loads((run / "summary.json").read_text()), load_file(run / "model.safetensors"), run
 
 
+LAYERS = '{"class_path": "mmlong.parallel.strategy.SequenceParallelStrategy", "init_args": {"layers": true}}'
+
+
 @pytest.mark.slow
-def test_two_ranks_of_the_command_are_one_process(recipe: str) -> None:
+@pytest.mark.parametrize("more", [["sequence_parallel"], [LAYERS, "--model.segment=null"]], ids=["rows", "layers"])
+def test_two_ranks_of_the_command_are_one_process(recipe: str, more: list[str]) -> None:
     """With accumulation, clipping and averaged weights; losses, evaluation, weights, and what is counted."""
     alone, weights, run = fit(recipe, "alone")
-    shared, same, both = fit(recipe, "shared", "--trainer.devices=2", "--trainer.strategy=sequence_parallel")
+    shared, same, both = fit(recipe, "shared", "--trainer.devices=2", "--trainer.strategy", *more)
     assert (alone["ranks"], shared["ranks"]) == (1, 2)
     assert shared["test/bits"] == pytest.approx(alone["test/bits"], rel=1e-6)
     there, here = read_metrics(run / "metrics.csv"), read_metrics(both / "metrics.csv")
@@ -123,6 +127,16 @@ def test_tasks_that_look_at_a_whole_sequence_are_refused() -> None:
     with pytest.raises(ValueError, match=r"goes on from the batch before: set one of them"):
         check_task(AutoregressTask(modality, backbone("causal"), carry=True))
     check_task(AutoregressTask(modality, backbone("causal")))
+
+
+def test_layers_need_the_pieces_graph() -> None:
+    task = AutoregressTask({"name": "text"}, BackboneConfig(dim=8, depth=1, mixers=["s4d"]), segment=4)
+    strategy = SequenceParallelStrategy(1, layers=True)
+    with pytest.raises(ValueError, match=r"model.segment is 4: set one of them"):
+        strategy.connect(task)
+    task.segment, task.compile_blocks = None, True
+    with pytest.raises(ValueError, match=r"which model.compile cannot take"):
+        strategy.connect(task)
 
 
 @pytest.mark.parametrize(("ranks", "places"), [(1, [0, 1, 2, 3]), (2, [0, 0, 1, 1]), (None, [0, 0, 0, 0])])
