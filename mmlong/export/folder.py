@@ -209,7 +209,8 @@ def _sizes(program: Program, batch: Bounds, whole: int | None, wanted: Sequence[
         length = 1 if program.length is None else program.length.clamp(size.length)
         # What a picture's state has seen and what is read next must fit into it.
         room = size.past if whole is None else max(0, whole - 1 - (length if program.name == "read" else 1))
-        found.append(Size(batch.clamp(size.batch), length, min(size.past, room)))
+        past = min(size.past, room) if program.name in ("step", "read") else 0
+        found.append(Size(batch.clamp(size.batch), length, past))
     return list(dict.fromkeys(found))
 
 
