@@ -3,7 +3,8 @@
 - ``torch``: a program of ``torch.export``, ``NAME.pt2``; run by torch in Python, on any machine.
 - ``aot``: the same compiled by AOTInductor (``torch._inductor.aoti_compile_and_package``), ``NAME.pt2``; run by torch in Python or C++ without tracing or Python overhead, on machines
   like the one that compiled it. It takes a C++ compiler, and about a minute a program.
-- ``onnx``: ``NAME.onnx``, run by ONNX Runtime and others. The extra ``mmlong[onnx]``.
+- ``onnx``: ``NAME.onnx``, run by ONNX Runtime and others. The extra ``mmlong[onnx]``. ONNX Runtime (1.32) does not run FFTs of an unknown length, so a ``hyena`` of any length is refused
+  when its outputs are compared; a generator's ``sample`` is of ``torch`` in the folders of all formats.
 
 All are programs, and whoever loads one runs it: load only what you trust. An AOTInductor package is machine code. torch evaluates the sizes and conditions that are written in a ``.pt2`` of
 ``torch.export``, and falls back to unpickling whatever is there that is not plain tensors; :func:`load_program` refuses a file that holds any pickle but plain tensors, so that
