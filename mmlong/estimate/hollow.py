@@ -23,6 +23,11 @@ from mmlong.estimate.flops import asks_about_form
 _aten: Any = torch.ops.aten
 _NATIVE = {_aten._unsafe_view.default, _aten.lift_fresh.default}
 """Views that do not say so."""
+_MADE = {
+    getattr(_aten, name).default
+    for name in ("new_full", "new_zeros", "new_ones", "new_empty", "full_like", "zeros_like", "ones_like", "empty_like")
+}
+"""Take sizes from a tensor and no values."""
 _VALUES = {_aten._local_scalar_dense.default, _aten.equal.default, _aten.nonzero.default, _aten.masked_select.default}
 _INDEXED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
 
@@ -54,6 +59,9 @@ class Hollow(TorchDispatchMode):
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         hollow = any(t.untyped_storage()._cdata in self._hollow for t in given)
         if not hollow or func in _NATIVE or func.is_view:
+            return func(*args, **kwargs)
+        if func in _MADE and not _real(kwargs.get("dtype") or args[0].dtype):
+            # Counts and positions, which code looks at.
             return func(*args, **kwargs)
         if func in _VALUES:
             raise ValueError(
@@ -106,6 +114,10 @@ class Hollow(TorchDispatchMode):
             self._hollow.pop(key, None)
 
         return forget
+
+
+def _real(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
 
 
 def _form(t: Tensor) -> Form:
