@@ -98,7 +98,11 @@ class Merge(nn.Module):
         valid = None if layout is None else layout.valid(x.shape[1])
         if valid is not None:
             x = torch.where(valid[..., None], x, 0)
-        if short := -x.shape[1] % self.k:
+        groups = (x.shape[1] + self.k - 1) // self.k
+        if torch.compiler.is_exporting() and not isinstance(groups, int):
+            # How much is missing of an unknown length is no number of zeros that a program can hold: more than enough, cut off.
+            x = nn.functional.pad(x, (0, 0, 0, self.k))[:, : groups * self.k]
+        elif short := -x.shape[1] % self.k:
             x = nn.functional.pad(x, (0, 0, 0, short))
-        x = x.reshape(x.shape[0], -1, self.k * x.shape[2])
+        x = x.reshape(x.shape[0], groups, self.k * x.shape[2])
         return self.project(self.norm(x))

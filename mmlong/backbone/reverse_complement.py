@@ -67,7 +67,11 @@ def split_strands(x: Tensor, layout: Layout | None = None) -> tuple[Tensor, Layo
 
 def join_strands(y: Tensor, layout: Layout | None = None) -> Tensor:
     """The inverse of :func:`split_strands`: ``(2 B, L, d)`` to ``(B, L, 2 d)``; ``layout`` is that of the ``B`` rows."""
-    here, there = y.chunk(2)
+    rows = y.shape[0] // 2
+    here, there = (
+        y[:rows],
+        y[rows:],
+    )  # not chunk: an exported program cannot split a number of rows that it does not know
     return torch.cat([here, (layout or Layout()).flip_tokens(there)], dim=-1)
 
 

@@ -141,6 +141,10 @@ def predict_program(model: Model, length: Bounds, embedding: bool, seed: int = 0
     elif isinstance(model.head, ReadoutHead):
         fixed = model.head.tokens * model.backbone.stride
         varies = Bounds(fixed, fixed)
+    elif model.backbone.stride > 1:
+        # One token that is left after pooling would be traced as a special case.
+        least = max(length.least, model.backbone.stride + 1)
+        varies = Bounds(least, max(length.most, least))
 
     def example(size: Size) -> Tensors:
         draw = torch.Generator().manual_seed(seed)

@@ -152,6 +152,27 @@ def test_generators(modality: str, mixer: Any, more: dict[str, Any], tmp_path: P
 
 
 @slow
+def test_pooled_tags_with_a_pyramid_and_both_strands(tmp_path: Path) -> None:
+    """Predictions at every position, and an embedding of a backbone that pools and sees both strands."""
+    model = build("genome", ["attention"], {"name": "tag", "num_classes": 4}, backbone={"direction": "both"})
+    info = export_model(model, tmp_path / "tag")
+    predicts_as(model, tmp_path / "tag", [(2, 50)])
+    assert info["programs"]["predict"]["outputs"][0]["shape"] == ["batch", "length", 4]
+    backbone = {"dim": [8, 16], "depth": [1, 1], "pool": [4], "direction": "both", "reverse_complement": True}
+    model = build("genome", ["attention"], {"name": "both_strands", "num_classes": 3}, backbone=backbone)
+    info = export_model(model, tmp_path / "strands", embedding=True)
+    raw, lengths = raw_of(model, 3, 61)
+    tokens, layout = model.encode(raw, lengths)
+    with torch.no_grad():
+        x, _ = model.forward_features(tokens, None, layout)
+        expected = model.forward_head(x, model.backbone.layout_out(layout, 61), pre_logits=True)
+    predictor = load(tmp_path / "strands")
+    assert isinstance(predictor, Predictor)
+    close(predictor(raw, lengths), expected)
+    assert info["programs"]["predict"]["outputs"][0] == {"name": "embedding", "dtype": "float32", "shape": ["batch", 8]}
+
+
+@slow
 def test_masked_models_are_told_what_is_hidden(tmp_path: Path) -> None:
     for modality in ("genome", "image"):
         model = build(modality, ["attention"], None, kind="masked", backbone={"direction": "both"})
