@@ -14,7 +14,7 @@ from mmlong.datamodules.known import known_sequences
 from torch import Tensor
 
 from mmlong.backbone import BackboneConfig
-from mmlong.bench.memory import peak_bytes
+from mmlong.measure.memory import peak_bytes
 from mmlong.tasks import AutoregressTask
 from mmlong.training.optim import OptimConfig, build_optimizer
 

@@ -1,6 +1,6 @@
 """Counted work of a run: all that was done, and what of it was useful.
 
-Counted is what :mod:`mmlong.estimate.flops` counts as it is dispatched: products, convolutions, attention and Fourier transforms, inside hand-written autograd functions and their backward passes too; no elementwise
+Counted is what :mod:`mmlong.measure.flops` counts as it is dispatched: products, convolutions, attention and Fourier transforms, inside hand-written autograd functions and their backward passes too; no elementwise
 work. Kernels that torch does not see (Triton's, compiled code) cannot be counted.
 
 **Useful** is the work of the forward pass, three times where there is a backward: a product has two of the same size in its backward. What a backward computes again is work done, and
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from mmlong.estimate.flops import FlopCounter
+from mmlong.measure.flops import FlopCounter
 
 BACKWARD_FACTOR = 3
 """Forward and backward over the forward alone."""

@@ -12,7 +12,7 @@ from typing import Any
 from mmlong.bench.process import MARK
 
 KINDS = {
-    "machine": "mmlong.bench.machine:measure",
+    "machine": "mmlong.measure.machine:measure",
     "layer": "mmlong.bench.layers:measure",
     "compare": "mmlong.bench.layers:compare",
     "model": "mmlong.bench.step:measure",
@@ -32,7 +32,7 @@ def main() -> None:
     import torch
 
     from mmlong.bench.layers import out_of_memory
-    from mmlong.bench.memory import limit_memory
+    from mmlong.measure.memory import limit_memory
 
     if job.get("threads"):
         torch.set_num_threads(int(job["threads"]))

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmlong.bench import memory
 from mmlong.bench.flops import count
-from mmlong.bench.machine import DTYPES, synchronise
 from mmlong.bench.peers import PEERS, Run
+from mmlong.measure import memory
+from mmlong.measure.machine import DTYPES, synchronise
 from mmlong.mixers import MIXERS, create_mixer
 
 WARM_UP = 256

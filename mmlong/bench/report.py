@@ -26,7 +26,7 @@ class Report:
     Attributes:
         command: the words of the command.
         settings: what it was told or left to itself.
-        machine: which machine and software (:func:`mmlong.bench.machine.describe`), and ``peaks``, the best of what was measured before and after: ``gemm_fp32``, ``gemm_bf16`` in FLOP/s,
+        machine: which machine and software (:func:`mmlong.measure.machine.describe`), and ``peaks``, the best of what was measured before and after: ``gemm_fp32``, ``gemm_bf16`` in FLOP/s,
             ``copy`` in bytes/s; ``peaks_measured`` has both measurements.
         rows: the results.
         streams: results of :mod:`mmlong.bench.stream`, plain values.

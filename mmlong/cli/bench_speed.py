@@ -18,13 +18,13 @@ from rich.table import Table
 from mmlong.bench import table as preset
 from mmlong.bench.contest import Conditions, Subject, against, run_contests
 from mmlong.bench.layers import build as build_layer
-from mmlong.bench.machine import DTYPES, describe
-from mmlong.bench.memory import available_bytes
 from mmlong.bench.peers import PEERS, MissingPackageError, peers_of, require
 from mmlong.bench.process import Job, run_job
 from mmlong.bench.report import BadReportError, Report, growth_lines, machine_line, plot, stream_table, table
 from mmlong.bench.rows import growths
 from mmlong.cli.errors import CommandError
+from mmlong.measure.machine import DTYPES, describe
+from mmlong.measure.memory import available_bytes
 from mmlong.mixers import MIXERS, list_mixers, require_streaming
 from mmlong.registry import nearest
 

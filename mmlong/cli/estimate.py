@@ -216,8 +216,8 @@ def _measured_here(recipe: Recipe) -> int:
 
 def _check(argv: list[str], found: Estimate) -> dict[str, dict[str, float]]:
     """The same step run here: in a process that gives back what it frees, and in a plain one."""
-    from mmlong.bench.memory import available_bytes
     from mmlong.estimate.measure import GIVE_BACK
+    from mmlong.measure.memory import available_bytes
 
     free, needed = available_bytes(), found.memory["peak"]
     if free is not None and needed > free:

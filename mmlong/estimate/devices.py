@@ -69,7 +69,7 @@ def measure_here(seconds: float = 0.3) -> Device:
     Args:
         seconds: to spend on each size that is tried.
     """
-    from mmlong.bench.machine import measure
+    from mmlong.measure.machine import measure
 
     found = measure({"device": "cpu", "dtypes": ["fp32", "bf16"], "seconds": seconds})
     x, begun, count = torch.zeros(8), time.perf_counter(), 2000

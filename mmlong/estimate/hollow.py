@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from mmlong.estimate.flops import asks_about_form
+from mmlong.measure.flops import asks_about_form
 
 _aten: Any = torch.ops.aten
 _NATIVE = {_aten._unsafe_view.default, _aten.lift_fresh.default}

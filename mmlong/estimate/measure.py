@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from mmlong.backbone import Backbone, BackboneConfig
-from mmlong.estimate.flops import count_flops
 from mmlong.estimate.step import Batch, TrainingStep
+from mmlong.measure.flops import count_flops
 from mmlong.tasks import Task
 from mmlong.training.optim import OptimConfig, build_optimizer
 
@@ -57,7 +57,7 @@ def measure(build: Callable[[], tuple[Task, Batch]], trainer: dict[str, Any]) ->
     Returns:
         ``peak`` in bytes above the baseline, ``flops`` and ``seconds`` of a step.
     """
-    from mmlong.bench.memory import peak_bytes, reset_peak, resident_bytes
+    from mmlong.measure.memory import peak_bytes, reset_peak, resident_bytes
 
     task, batch = build()
     warm_up(task.model.backbone.config, task.optim)

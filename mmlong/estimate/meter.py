@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mmlong.estimate.flops import asks_about_form, composed, operator_flops
+from mmlong.measure.flops import asks_about_form, composed, operator_flops
 
 PRODUCTS, ATTENTION, FFT, ELEMENTWISE = "products", "attention", "fft", "elementwise"
 """Classes of operators; the last is everything that only moves numbers: elementwise, reductions, gathers, copies."""

@@ -7,10 +7,10 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from mmlong.bench import memory
 from mmlong.bench.contest import Subject
-from mmlong.bench.machine import copy_bandwidth, describe, gemm_peak
 from mmlong.bench.process import how_it_died, run_job
+from mmlong.measure import memory
+from mmlong.measure.machine import copy_bandwidth, describe, gemm_peak
 
 
 def test_a_job_that_dies_shows_the_end_of_its_errors() -> None:

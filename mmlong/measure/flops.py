@@ -2,7 +2,7 @@
 
 The formulas are torch's (``torch.utils.flop_counter``: ``2 m n k`` for a product, dense attention whatever its mask), and two kinds that it lacks: attention's CPU
 kernel, and FFTs at the customary ``5 N log2 N`` (half of that from or to real numbers). Elementwise work is not arithmetic that anything waits for; it is counted in
-bytes (:mod:`mmlong.estimate.counting`). Nothing here looks at values, so it counts meta tensors as well.
+bytes (:mod:`mmlong.estimate.count`). Nothing here looks at values, so it counts meta tensors as well.
 
 Operations inside a compiled region or a Triton kernel are not seen: count the model uncompiled, on the portable path.
 """

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmlong import create_mixer
-from mmlong.estimate.flops import FlopCounter, count_flops
+from mmlong.measure.flops import FlopCounter, count_flops
 
 
 def test_a_linear_layer() -> None:

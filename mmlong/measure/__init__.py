@@ -1,0 +1,1 @@
+"""What is measured of a machine and of a call: peaks of products and copies, memory held, arithmetic counted. Knows nothing else of the house; ``mmlong bench`` and ``mmlong estimate`` stand on it."""
