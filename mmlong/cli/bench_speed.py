@@ -261,7 +261,7 @@ def recipe_model(names: list[str], overrides: list[str], batch: int | None, leng
     Raises:
         CommandError: the recipe is wrong, or its rows have no length and none is given.
     """
-    from mmlong.cli.bench import build, parse
+    from mmlong.cli.build import build, parse
     from mmlong.cli.engine import describe_data
     from mmlong.cli.recipes import load_recipes, merge
     from mmlong.cli.train import check_config, hush, pairs

@@ -142,7 +142,7 @@ class Recipe:
     """
 
     def __init__(self, config: dict[str, Any], overrides: list[str], batch: int | None, length: int | None) -> None:
-        from mmlong.cli.bench import build, parse
+        from mmlong.cli.build import build, parse
 
         self.name = config["recipe"]
         given = dict(pairs(overrides))
