@@ -113,13 +113,8 @@ class SoftmaxAttention(Mixer):
         layout = layout if ragged(layout) else None
         past = 0 if state is None else state["k"].shape[2]
         counts = None if state is None else state.get("count")
-        q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
-        k, v = (w(x).unflatten(-1, (self.kv_heads, self.head_dim)) for w in (self.k_proj, self.v_proj))
-        if self.rope:
-            positions = positions_in(layout, L, past if counts is None else counts, x.device)
-            table = rotary_table(positions, self.head_dim, self.rope_base, x.dtype)
-            q, k = rotate(q, table), rotate(k, table)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        positions = positions_in(layout, L, past if counts is None else counts, x.device) if self.rope else None
+        q, k, v = self.project(x, positions)
         if state is not None:
             k, v = torch.cat([state["k"], k], 2), torch.cat([state["v"], v], 2)
         held = None if counts is None else counts.clamp_max(past)
@@ -128,6 +123,15 @@ class SoftmaxAttention(Mixer):
         y = attention(q, k, v, visible, dropout=dropout, backend=self.backend)
         y = self.out_proj(y.transpose(1, 2).flatten(2))
         return y, self.left_behind(k, v, layout, L, counts) if self.causal else None
+
+    def project(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """``q (B, heads, L, head_dim)``, ``k`` and ``v (B, kv_heads, L, head_dim)``, turned by int64 positions ``(L,)`` or ``(B, L)`` in their documents (``None`` without RoPE)."""
+        q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
+        k, v = (w(x).unflatten(-1, (self.kv_heads, self.head_dim)) for w in (self.k_proj, self.v_proj))
+        if positions is not None:
+            table = rotary_table(positions, self.head_dim, self.rope_base, x.dtype)
+            q, k = rotate(q, table), rotate(k, table)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def left_behind(self, k: Tensor, v: Tensor, layout: Layout | None, length: int, counts: Tensor | None) -> State:
         """The state after a piece.

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -169,16 +170,38 @@ class Hyena(Mixer):
         return kept[:lags]
 
     def mix(self, x: Tensor, state: State, layout: Layout | None) -> tuple[Tensor, State]:
-        dtype = torch.promote_types(x.dtype, torch.float32)
         tail, pasts = (None, [None] * (self.order - 1)) if state is None else (state["conv"], state["past"])
-        u, tail = short_conv(self.in_proj(x), self.conv_weight, self.conv_bias, tail, layout)
-        *gates, v = u.chunk(self.order + 1, dim=-1)
+        u, tail = self.convolve(x, tail, layout)
+        following = iter(pasts)
         seen = 0 if pasts[0] is None else pasts[0].shape[1]
-        filters = self._filters(least(self.max_length, seen + x.shape[1]), dtype)
+        y, kept = self.operate(u, lambda v: (v, next(following)), seen, layout)
+        return y, {"conv": tail, "past": kept}
+
+    def convolve(self, x: Tensor, tail: Tensor | None, layout: Layout | None) -> tuple[Tensor, Tensor]:
+        """Projections after the short convolution ``(B, L, (order + 1) D)``, and the tail that it leaves."""
+        return short_conv(self.in_proj(x), self.conv_weight, self.conv_bias, tail, layout)
+
+    def operate(
+        self, u: Tensor, past: Callable[[Tensor], tuple[Tensor, Tensor | None]], seen: int, layout: Layout | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Gates and long convolutions.
+
+        Args:
+            u: from :meth:`convolve`.
+            past: an input of a long convolution ``(B, L, D)`` to itself and what came before it ``(B, P, D)``, asked for one after another.
+            seen: that P.
+            layout: of the piece.
+
+        Returns:
+            ``(y (B, L, D), inputs kept of each long convolution)``.
+        """
+        *gates, v = u.chunk(self.order + 1, dim=-1)
+        filters = self._filters(least(self.max_length, seen + u.shape[1]), torch.promote_types(u.dtype, torch.float32))
         kept = []
         for i in range(self.order - 1):
             v = gates[self.order - 1 - i] * v
-            y, past = long_conv(v, filters[:, i], pasts[i], layout, self.max_length)
+            v, before = past(v)
+            y, after = long_conv(v, filters[:, i], before, layout, self.max_length)
             v = torch.addcmul(y, v, self.bias[i].to(v.dtype))
-            kept.append(past)
-        return self.out_proj(gates[0] * v), {"conv": tail, "past": tuple(kept)}
+            kept.append(after)
+        return self.out_proj(gates[0] * v), tuple(kept)

@@ -57,8 +57,10 @@ def tiled_attention(
     Raises:
         ValueError: a query that sees no key.
     """
+    if int((stop - first).amin()) < 1:
+        raise ValueError("tiled_attention: a query sees no key: an interval needs first < stop")
     drop = _Dropout(q.device, dropout) if dropout else None
-    return _Tiled.apply(q, k, v, first, stop, scale, drop)
+    return _Tiled.apply(q, k, v, Pairs(first, stop, scale, drop))
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,7 @@ class _Block:
 def _blocks(first: Tensor, stop: Tensor, B: int, H: int, repeat: int) -> Iterator[_Block]:
     """Blocks of queries, sized so that a tile has about ``TILE_ELEMENTS`` scores."""
     R, L = first.shape
-    width = int((stop - first).amax())
-    if int((stop - first).amin()) < 1:
-        raise ValueError("tiled_attention: a query sees no key: an interval needs first < stop")
+    width = max(int((stop - first).amax()), 1)
     # At least as many rows in a product as pay for its start, and no more than make most of the keys of a block common.
     step = max(32 // repeat, 1, min(128, TILE_ELEMENTS // (H * min(width + 64, MAX_KEYS))))
     step = min(step, L)
@@ -163,87 +163,138 @@ def _keys(t: Tensor, rows: slice, x: int, y: int, dtype: torch.dtype) -> Tensor:
     return t[rows, :, x:y].to(dtype).flatten(0, 1)
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """Which queries meet which keys, and how: what both directions of a call need beside its tensors.
+
+    Attributes:
+        first, stop: int64 ``(B or 1, L)``, the keys that a query sees.
+        scale: of the scores.
+        drop: which weights are dropped.
+    """
+
+    first: Tensor
+    stop: Tensor
+    scale: float
+    drop: _Dropout | None = None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, partial: bool) -> tuple[Tensor, Tensor | None]:
+    """Attention without a gradient; arguments as :func:`tiled_attention`.
+
+    Args:
+        partial: these are not all the keys. What is returned is to be merged with what others give (:func:`merge`), and a query may see none of them.
+
+    Returns:
+        ``(y, log_sums)``: ``log_sums (B, H, L)``, logarithms of the sums of ``exp(s_ij)``; without ``partial`` only where the backward needs them. Where a query sees no key ``y`` is any
+        finite number, and ``log_sums`` weighs it with nothing. ``y`` is like ``q``, of a partial result in at least float32.
+    """
+    (B, H, L, _), (_, G, _, E) = q.shape, v.shape
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    y = torch.empty(B, L, H, E, dtype=dtype if partial else q.dtype, device=q.device).transpose(1, 2)
+    log_sums: Tensor | None = q.new_full((B, H, L), HIDDEN, dtype=dtype) if partial else None
+    score = _Scores(q, dtype, pairs.first, pairs.stop, H // G)
+    with torch.autocast(q.device.type, enabled=False):
+        for block in _blocks(pairs.first, pairs.stop, B, H, H // G):
+            if block.b <= block.a:
+                y[block.rows, :, block.i : block.j] = 0
+                continue
+            queries = _queries(q, block, G, dtype) * pairs.scale
+            out = total = None
+            for a, b in block.tiles():
+                scores, weights = score(queries, _keys(k, block.rows, a, b, dtype), block, a, b)
+                merged = partial or block.b - block.a > MAX_KEYS
+                log = _log_sum(scores, weights) if merged else None
+                if pairs.drop is not None:
+                    weights.mul_(pairs.drop(weights, block, a))
+                part = torch.bmm(weights, _keys(v, block.rows, a, b, dtype))
+                if log is None:
+                    out = part
+                elif out is None or total is None:
+                    out, total = part, log
+                else:
+                    out, total = merge(out, total, part, log)
+            assert out is not None
+            y[block.rows, :, block.i : block.j] = out.view(-1, H, block.j - block.i, E)
+            if total is not None:
+                if log_sums is None:
+                    log_sums = torch.empty(B, H, L, dtype=dtype, device=q.device)
+                log_sums[block.rows, :, block.i : block.j] = total.view(-1, H, block.j - block.i)
+    return y, log_sums
+
+
+def merge(y: Tensor, log: Tensor, more: Tensor, more_log: Tensor) -> tuple[Tensor, Tensor]:
+    """Two results over different keys as one, in the memory of both: ``(y, log sum)``, the logs of the results' shape or with a last axis of 1."""
+    both = torch.logaddexp(log, more_log)
+    return y.mul_((log - both).exp()).add_(more.mul_((more_log - both).exp())), both
+
+
+def attend_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, log_sums: Tensor | None, pairs: Pairs, partial: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``q``, ``k``, ``v`` of :func:`attend`, the latter two in at least float32.
+
+    Args:
+        dy, y: gradient and result, of partial ones those of the merged result.
+        log_sums: over all keys that a query sees, of partial results the merged ones.
+    """
+    (B, H, L, D), (_, G, S, E) = q.shape, v.shape
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    dq = torch.empty(B, L, H, D, dtype=dtype if partial else q.dtype, device=q.device).transpose(1, 2)
+    dk = torch.zeros(B, G, S, D, dtype=dtype, device=q.device)
+    dv = torch.zeros(B, G, S, E, dtype=dtype, device=q.device)
+    score = _Scores(q, dtype, pairs.first, pairs.stop, H // G)
+    with torch.autocast(q.device.type, enabled=False):
+        for block in _blocks(pairs.first, pairs.stop, B, H, H // G):
+            rows = block.rows
+            if block.b <= block.a:
+                dq[rows, :, block.i : block.j] = 0
+                continue
+            queries = _queries(q, block, G, dtype) * pairs.scale
+            gradient = _queries(dy, block, G, dtype)
+            shared = (gradient * _queries(y, block, G, dtype)).sum(-1, keepdim=True)
+            total = None
+            if partial or block.b - block.a > MAX_KEYS:
+                assert log_sums is not None
+                total = log_sums[rows, :, block.i : block.j].reshape(*queries.shape[:2], 1)
+            dqueries: Tensor | None = None
+            for a, b in block.tiles():
+                keys = _keys(k, rows, a, b, dtype)
+                scores, weights = score(queries, keys, block, a, b)
+                dout, d = gradient, shared
+                if total is not None:
+                    # The weights sum to 1 over the tile, not over all keys; what they meet is scaled instead of them.
+                    part = (_log_sum(scores, weights) - total).exp()
+                    dout, d = gradient * part, shared * part
+                factor = None if pairs.drop is None else pairs.drop(weights, block, a)
+                met = weights if factor is None else weights * factor
+                _add_product(dv[rows, :, a:b], met.transpose(1, 2), dout)
+                torch.bmm(dout, _keys(v, rows, a, b, dtype).transpose(1, 2), out=scores)
+                if factor is not None:
+                    scores.mul_(factor)
+                dscores = scores.sub_(d).mul_(weights)
+                found = torch.bmm(dscores, keys)
+                dqueries = found if dqueries is None else dqueries.add_(found)
+                _add_product(dk[rows, :, a:b], dscores.transpose(1, 2), queries)
+            assert dqueries is not None
+            dq[rows, :, block.i : block.j] = dqueries.mul_(pairs.scale).view(-1, H, block.j - block.i, D)
+    return dq, dk, dv
+
+
 class _Tiled(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, first: Tensor, stop: Tensor, scale: float, drop: _Dropout | None
-    ) -> Tensor:
-        (B, H, L, _), (_, G, _, E) = q.shape, v.shape
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        y = torch.empty(B, L, H, E, dtype=q.dtype, device=q.device).transpose(1, 2)
-        log_sums: Tensor | None = None
-        score = _Scores(q, dtype, first, stop, H // G)
-        with torch.autocast(q.device.type, enabled=False):
-            for block in _blocks(first, stop, B, H, H // G):
-                queries = _queries(q, block, G, dtype) * scale
-                out = total = None
-                for a, b in block.tiles():
-                    scores, weights = score(queries, _keys(k, block.rows, a, b, dtype), block, a, b)
-                    merged = block.b - block.a > MAX_KEYS
-                    log = _log_sum(scores, weights) if merged else None
-                    if drop is not None:
-                        weights.mul_(drop(weights, block, a))
-                    part = torch.bmm(weights, _keys(v, block.rows, a, b, dtype))
-                    if log is None:
-                        out = part
-                        continue
-                    if out is None or total is None:
-                        out, total = part, log
-                    else:
-                        both = torch.logaddexp(total, log)
-                        out.mul_((total - both).exp()).add_(part.mul_((log - both).exp()))
-                        total = both
-                assert out is not None
-                y[block.rows, :, block.i : block.j] = out.view(-1, H, block.j - block.i, E)
-                if total is not None:
-                    if log_sums is None:
-                        log_sums = torch.empty(B, H, L, dtype=dtype, device=q.device)
-                    log_sums[block.rows, :, block.i : block.j] = total.view(-1, H, block.j - block.i)
-        ctx.save_for_backward(q, k, v, y, first, stop, log_sums)
-        ctx.scale, ctx.drop = scale, drop
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs) -> Tensor:
+        y, log_sums = attend(q, k, v, pairs, partial=False)
+        ctx.save_for_backward(q, k, v, y, log_sums)
+        ctx.pairs = pairs
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, y, first, stop, log_sums = ctx.saved_tensors
-        (B, H, L, D), (_, G, S, E) = q.shape, v.shape
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        dq = torch.empty(B, L, H, D, dtype=q.dtype, device=q.device).transpose(1, 2)
-        dk = torch.zeros(B, G, S, D, dtype=dtype, device=q.device)
-        dv = torch.zeros(B, G, S, E, dtype=dtype, device=q.device)
-        score = _Scores(q, dtype, first, stop, H // G)
-        with torch.autocast(q.device.type, enabled=False):
-            for block in _blocks(first, stop, B, H, H // G):
-                rows = block.rows
-                queries = _queries(q, block, G, dtype) * ctx.scale
-                gradient = _queries(dy, block, G, dtype)
-                shared = (gradient * _queries(y, block, G, dtype)).sum(-1, keepdim=True)
-                total = None
-                if block.b - block.a > MAX_KEYS:
-                    total = log_sums[rows, :, block.i : block.j].reshape(*queries.shape[:2], 1)
-                dqueries: Tensor | None = None
-                for a, b in block.tiles():
-                    keys = _keys(k, rows, a, b, dtype)
-                    scores, weights = score(queries, keys, block, a, b)
-                    dout, d = gradient, shared
-                    if total is not None:
-                        # The weights sum to 1 over the tile, not over all keys; what they meet is scaled instead of them.
-                        part = (_log_sum(scores, weights) - total).exp()
-                        dout, d = gradient * part, shared * part
-                    factor = None if ctx.drop is None else ctx.drop(weights, block, a)
-                    met = weights if factor is None else weights * factor
-                    _add_product(dv[rows, :, a:b], met.transpose(1, 2), dout)
-                    torch.bmm(dout, _keys(v, rows, a, b, dtype).transpose(1, 2), out=scores)
-                    if factor is not None:
-                        scores.mul_(factor)
-                    dscores = scores.sub_(d).mul_(weights)
-                    found = torch.bmm(dscores, keys)
-                    dqueries = found if dqueries is None else dqueries.add_(found)
-                    _add_product(dk[rows, :, a:b], dscores.transpose(1, 2), queries)
-                assert dqueries is not None
-                dq[rows, :, block.i : block.j] = dqueries.mul_(ctx.scale).view(-1, H, block.j - block.i, D)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+        q, k, v, y, log_sums = ctx.saved_tensors
+        dq, dk, dv = attend_backward(dy, q, k, v, y, log_sums, ctx.pairs, partial=False)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -90,6 +90,11 @@ def _bytes(spec: Spec) -> int:
     return size + -size % ALIGN
 
 
+def packed_bytes(specs: Sequence[Spec]) -> int:
+    """Length of the message that :func:`pack` makes of such tensors."""
+    return sum(map(_bytes, specs))
+
+
 def pack(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """The values of tensors of any types as one row of bytes."""
     rows = []
@@ -163,7 +168,7 @@ class Chain:
             self._heard = bytes(self._receive(length, torch.uint8, self.rank - 1).tolist())
         form = json.loads(self._heard)
         specs = specs_of(form)
-        message = self._receive(sum(map(_bytes, specs)), torch.uint8, self.rank - 1)
+        message = self._receive(packed_bytes(specs), torch.uint8, self.rank - 1)
         return build_state(form, iter(unpack(message, specs)))
 
     def send_back(self, gradients: Sequence[Tensor]) -> None:
@@ -173,7 +178,7 @@ class Chain:
     def receive_back(self, like: Sequence[Tensor]) -> list[Tensor]:
         """The gradients of tensors that were sent, from the next rank; waits for them."""
         specs = [(t.dtype, tuple(t.shape)) for t in like]
-        return unpack(self._receive(sum(map(_bytes, specs)), torch.uint8, self.rank + 1), specs)
+        return unpack(self._receive(packed_bytes(specs), torch.uint8, self.rank + 1), specs)
 
     def finish(self) -> None:
         """Wait until all that was sent has arrived."""

@@ -6,6 +6,8 @@ of the mixers some can do better than wait for a state:
     diagonal recurrence (s4d)     runs from nothing, combines states by a prefix scan over ranks in log steps, and adds what the incoming state contributes
     scalar decay (mamba2)         the same scan; what follows the recurrence is not linear, so the piece is run a second time from the state that came in
     sliding window (local)        a halo: the last ``window`` tokens of the piece before
+    softmax attention             a ring: keys and values of the pieces before, one piece at a time (:mod:`mmlong.parallel.ring`)
+    long convolution (hyena)      overlap: the inputs of the pieces before, as far as the filter reaches
     any other streaming mixer     its state, layer by layer: rank r + 1 works on layer l while rank r works on layer l + 1 (a bubble of (R - 1) / (R - 1 + layers))
 
 A class of mixers gets a form of its own by :func:`parallel_form`; a form may decline a case (a window longer than a piece), which then takes the general way.
@@ -13,7 +15,7 @@ A class of mixers gets a form of its own by :func:`parallel_form`; a form may de
     with over_ranks(backbone, group):
         y, _ = backbone(x_piece, None, layout_piece)
 
-The graph of the piece is kept, so memory is divided by the number of ranks and no more. Attention in a ring and long convolutions by overlap are not there yet: both take the general way, which is exact.
+The graph of the piece is kept, so memory is divided by the number of ranks and no more.
 """
 
 from __future__ import annotations
@@ -32,10 +34,12 @@ from torch import Tensor, nn
 from mmlong.backbone.replay import refuse_sharded
 from mmlong.backbone.segmented import Step
 from mmlong.layout import Layout
-from mmlong.mixers import S4D, Local, Mamba2, Mixer, State, require_streaming
+from mmlong.mixers import S4D, Attention, Hyena, Local, Mamba2, Mixer, State, require_streaming
+from mmlong.mixers.hyena import TAPS
 from mmlong.ops.diagonal import diagonal_recurrence
 from mmlong.parallel.links import Links, sum_over_ranks
 from mmlong.parallel.loss import seed_of
+from mmlong.parallel.ring import ring_attention
 
 Form = Callable[[Any, Tensor, Links, Layout | None], Tensor | None]
 FORMS: dict[type[Mixer], Form] = {}
@@ -178,6 +182,37 @@ def _window(mixer: Local, x: Tensor, links: Links, layout: Layout | None) -> Ten
             grid=None, order="raster", positions=None,
         )  # fmt: skip
     return Mixer.forward(mixer, torch.cat([tokens, x], 1), None, layout)[0][:, window:]
+
+
+@parallel_form(Attention)
+def _ring(mixer: Attention, x: Tensor, links: Links, layout: Layout | None) -> Tensor | None:
+    if mixer.training and mixer.dropout:
+        return None  # which weights are dropped is drawn by the piece; the general way has one draw for a row
+    B, L, _ = x.shape
+    begins = links.begins(layout, B, L)
+    here = links.start + torch.arange(L, device=x.device)
+    q, k, v = mixer.project(x, here - begins if mixer.rope else None)
+    return mixer.out_proj(ring_attention(q, k, v, links, begins).transpose(1, 2).flatten(2))
+
+
+@parallel_form(Hyena)
+def _overlap(mixer: Hyena, x: Tensor, links: Links, layout: Layout | None) -> Tensor | None:
+    if links.shortest < TAPS - 1:
+        return None
+    B, L, _ = x.shape
+    x, tokens, marks = links.before(x, TAPS - 1, None if layout is None else layout.resets)
+    tail = mixer.convolve(tokens, None, None if marks is None else Layout(resets=marks))[1]
+    u, _ = mixer.convolve(x, torch.zeros_like(tail) if links.first else tail, layout)
+    reach = min(links.start, mixer.max_length - 1)
+    # What stood before the document that goes on here is no past of it.
+    began = links.began(layout, B, L)
+    old = torch.arange(links.start - reach, links.start, device=x.device) < began[:, None]
+
+    def past(v: Tensor) -> tuple[Tensor, Tensor]:
+        v, before = links.past(v, mixer.max_length - 1)
+        return v, before.masked_fill(old[..., None], 0)
+
+    return mixer.operate(u, past, reach, layout)[0]
 
 
 @parallel_form(S4D)

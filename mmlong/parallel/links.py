@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mmlong.layout import Layout
 from mmlong.mixers import State, detach_state, rebuild_state, state_tensors
-from mmlong.parallel.exchange import Chain, pack, unpack
+from mmlong.parallel.exchange import Chain, pack, packed_bytes, unpack
 
 
 class Links(Chain):
@@ -26,6 +28,8 @@ class Links(Chain):
         length: positions of this rank's piece.
 
     Attributes:
+        lengths: positions of every rank's piece, by rank.
+        start: positions of the pieces before this rank's.
         shortest: positions of the shortest piece but the last rank's, which hands nothing on.
 
     Raises:
@@ -34,25 +38,32 @@ class Links(Chain):
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device, length: int) -> None:
         super().__init__(group, device)
-        lengths = [theirs for (theirs,) in self.gather([length])]
-        if min(lengths) < 1:
+        self.lengths = [theirs for (theirs,) in self.gather([length])]
+        if min(self.lengths) < 1:
             raise ValueError(
-                f"layers over ranks need a token on every rank, got pieces of {lengths}: take fewer ranks a sequence"
+                f"layers over ranks need a token on every rank, got pieces of {self.lengths}: take fewer ranks a sequence"
             )
-        self.shortest = min(lengths[:-1], default=length)
+        self.start = sum(self.lengths[: self.rank])
+        self.shortest = min(self.lengths[:-1], default=length)
 
-    def _anchor(self) -> Tensor:
+    def anchor(self) -> Tensor:
+        """What makes a function ask for a gradient of its own accord."""
         return torch.zeros((), device=self.device, requires_grad=True)
+
+    def hand(self, tensors: Sequence[Tensor], to: int) -> None:
+        """Send tensors to a rank, which knows their types and shapes. Returns at once; see :meth:`finish`."""
+        self._send(pack(tensors, self.device), to)
+
+    def take(self, like: Sequence[Tensor], source: int) -> list[Tensor]:
+        """Tensors of these types and shapes that a rank has handed to this one; waits for them."""
+        specs = [(t.dtype, tuple(t.shape)) for t in like]
+        return unpack(self._receive(packed_bytes(specs), torch.uint8, source), specs)
 
     def swap(self, tensors: Sequence[Tensor], to: int, source: int) -> list[Tensor] | None:
         """Send tensors to one rank and take others of the same types and shapes from another; either may not exist. ``None`` where nothing came."""
         if 0 <= to < self.size:
-            self._send(pack(tensors, self.device), to)
-        came = None
-        if 0 <= source < self.size:
-            specs = [(t.dtype, tuple(t.shape)) for t in tensors]
-            empty = pack([torch.empty_like(t) for t in tensors], self.device)
-            came = unpack(self._receive(len(empty), torch.uint8, source), specs)
+            self.hand(tensors, to)
+        came = self.take(tensors, source) if 0 <= source < self.size else None
         self.finish()
         return came
 
@@ -69,8 +80,38 @@ class Links(Chain):
         """
         came = None if resets is None else self.swap([resets[:, -count:]], self.rank + 1, self.rank - 1)
         marks = None if resets is None else torch.zeros_like(resets[:, :count]) if came is None else came[0]
-        x, tokens = _Before.apply(self, self._anchor(), x, count)
+        x, tokens = _Before.apply(self, self.anchor(), x, count)
         return x, tokens, marks
+
+    def began(self, layout: Layout | None, rows: int, length: int) -> Tensor:
+        """Where the document began that goes on in this piece: int64 ``(B,)``, positions of the whole row."""
+        latest = self._starts(layout, rows, length).amax(1)
+        every = [torch.zeros_like(latest) for _ in range(self.size)]
+        dist.all_gather(every, latest, group=self.group)
+        return torch.stack([torch.zeros_like(latest), *every[: self.rank]]).amax(0)
+
+    def begins(self, layout: Layout | None, rows: int, length: int) -> Tensor:
+        """Where each token's document begins: int64 ``(B, L)``, positions of the whole row."""
+        return torch.maximum(self._starts(layout, rows, length), self.began(layout, rows, length)[:, None])
+
+    def _starts(self, layout: Layout | None, rows: int, length: int) -> Tensor:
+        starts = None if layout is None else layout.starts()
+        if starts is None:
+            return torch.zeros(rows, length, dtype=torch.int64, device=self.device)
+        return torch.where(starts >= 0, starts + self.start, 0)
+
+    def past(self, x: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+        """The tokens of the pieces before: ``x (B, L, D)`` to ``(x, (B, min(reach, start), D))``, the latest last. Use this ``x`` from here on, as with :meth:`before`."""
+        return _Past.apply(self, self.anchor(), x, reach)
+
+    def reached(self, reach: int) -> tuple[list[int], list[int]]:
+        """Ranks that this one's tokens are within reach of, and ranks before whose tokens are within its reach."""
+        starts = [sum(self.lengths[:rank]) for rank in range(self.size)]
+        ends = [start + length for start, length in zip(starts, self.lengths, strict=True)]
+        return (
+            [rank for rank in range(self.rank + 1, self.size) if starts[rank] - ends[self.rank] < reach],
+            [rank for rank in range(self.rank) if self.start - ends[rank] < reach],
+        )
 
     def scan(self, decay: Tensor, added: Tensor) -> Tensor:
         """Combine ``s_{r+1} = decay_r s_r + added_r``, with ``s_0 = 0``, over the ranks r in log steps.
@@ -82,14 +123,14 @@ class Links(Chain):
         Returns:
             ``s_r``, what comes into this rank's piece.
         """
-        return _Scan.apply(self, self._anchor(), decay, added)
+        return _Scan.apply(self, self.anchor(), decay, added)
 
     def receive_state(self) -> State:
         """The state from the rank before, with its graph; ``None`` on the first."""
         if self.first:
             return None
         state = self.receive()
-        tensors = _Received.apply(self, self._anchor(), *state_tensors(state))
+        tensors = _Received.apply(self, self.anchor(), *state_tensors(state))
         return rebuild_state(state, tensors)
 
     def send_state(self, y: Tensor, received: State, state: State) -> Tensor:
@@ -97,7 +138,7 @@ class Links(Chain):
         came, goes = state_tensors(received), state_tensors(state)
         if not self.last:
             self.send(detach_state(state))
-        return _Sent.apply(self, self._anchor(), y, len(came), *came, *goes)
+        return _Sent.apply(self, self.anchor(), y, len(came), *came, *goes)
 
 
 def sum_over_ranks(loss: Tensor, parameters: Sequence[Tensor], group: dist.ProcessGroup | None) -> Tensor:
@@ -139,6 +180,35 @@ class _Before(torch.autograd.Function):
         if came is not None:
             dx = dx.clone()
             dx[:, -ctx.count :] += came[0]
+        return None, None, dx, None
+
+
+class _Past(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, links: Links, anchor: Tensor, x: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+        later, earlier = links.reached(reach)
+        for rank in later:
+            links.hand([x], rank)
+        found = [x[:, :0]]
+        for rank in earlier:
+            found += links.take([x.new_empty(x.shape[0], links.lengths[rank], x.shape[2])], rank)
+        links.finish()
+        ctx.links, ctx.reach = links, reach
+        past = torch.cat(found, 1)
+        return x.clone(), past[:, max(past.shape[1] - reach, 0) :].contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor, dpast: Tensor) -> tuple[None, None, Tensor, None]:
+        links: Links = ctx.links
+        later, earlier = links.reached(ctx.reach)
+        lengths = [links.lengths[rank] for rank in earlier]
+        whole = F.pad(dpast, (0, 0, sum(lengths) - dpast.shape[1], 0))
+        for rank, part in zip(earlier, whole.split(lengths, 1), strict=True):
+            links.hand([part], rank)
+        for rank in later:
+            dx = dx + links.take([dx], rank)[0]
+        links.finish()
         return None, None, dx, None
 
 

@@ -149,6 +149,37 @@ def test_tiles(shape: tuple[int, ...], what: str, sizes: tuple[int, int], monkey
     agree(got, attention_reference(*leaves, visible), leaves)
 
 
+@pytest.mark.parametrize("sizes", [(1 << 19, 2048), (1 << 12, 37)], ids=["large", "merged"])
+def test_parts_of_the_keys_merge(sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part by itself, forward and backward; some queries see no key of a part."""
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", sizes[0])
+    monkeypatch.setattr(tiles, "MAX_KEYS", sizes[1])
+    torch.manual_seed(0)
+    B, H, G, L, S = 3, 4, 2, 63, 257
+    leaves = draw(B, H, G, L, S)
+    visible = Visible(None, 0, torch.randint(0, S - L + 1, (B, L)))
+    first, stop = visible.intervals(L, S)
+    want = attention_reference(*leaves, visible)
+    dy = torch.randn_like(want)
+    gradients = torch.autograd.grad(want, leaves, dy)
+    q, k, v = (t.detach() for t in leaves)
+    y, log = torch.zeros_like(q), torch.full((B, H, L, 1), tiles.HIDDEN, dtype=q.dtype)
+    parts = [(0, 5), (5, 150), (150, S)]
+    within = [tiles.Pairs(first.clamp(a, b) - a, stop.clamp(a, b) - a, 1 / math.sqrt(8)) for a, b in parts]
+    for (a, b), pairs in zip(parts, within, strict=True):
+        part, sums = tiles.attend(q, k[:, :, a:b], v[:, :, a:b], pairs, partial=True)
+        assert sums is not None
+        y, log = tiles.merge(y, log, part, sums[..., None])
+    torch.testing.assert_close(y, want)
+    dq = torch.zeros_like(q)
+    for (a, b), pairs in zip(parts, within, strict=True):
+        found = tiles.attend_backward(dy, q, k[:, :, a:b], v[:, :, a:b], y, log[..., 0], pairs, partial=True)
+        dq += found[0]
+        torch.testing.assert_close(found[1], gradients[1][:, :, a:b])
+        torch.testing.assert_close(found[2], gradients[2][:, :, a:b])
+    torch.testing.assert_close(dq, gradients[0])
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_tiles_gradcheck(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "TILE_ELEMENTS", 64)
@@ -239,12 +270,12 @@ def test_what_auto_takes() -> None:
 
 def test_a_long_past_makes_no_square_mask() -> None:
     """Peak memory of a piece after a past, padded, counted: far below one byte for each pair."""
-    from mmlong.testing.cost import _Meter
+    from mmlong.estimate.meter import Meter
 
     L = 4096
     q, k, v = draw(1, 1, 1, L, 2 * L, 4, torch.float32)
     visible = Visible(None, 0, torch.full((1, L), 5))
-    with _Meter() as meter:
+    with Meter() as meter:
         attention(q, k, v, visible).sum().backward()
     assert meter.peak < L * 2 * L / 2
 

@@ -21,6 +21,13 @@ from mmlong.parallel.links import Links
 KINDS = ("full", "padded", "packed")
 
 
+SPECIAL: dict[str, dict[str, Any]] = {
+    "attention": {"heads": 4, "kv_heads": 2, "rope": False},
+    "hyena": {"order": 3, "max_length": 10},
+}
+"""Shared keys; a filter that reaches some of the pieces before, twice over."""
+
+
 def layered(
     mixer: str, kind: str, batch: int, world: int, rank: int, group: Any, only_head: bool = False
 ) -> dict[str, Any]:
@@ -61,6 +68,9 @@ def ranks(rank: int, world: int, folder: Path) -> None:
     FORMS[Mamba2] = form
     OPTIONS["local"] = {"window": 20}
     found["wide"] = layered("local", "packed", 3, world, rank, group)
+    for name, options in SPECIAL.items():
+        OPTIONS[name] = options
+        found[f"special {name}"] = layered(name, "packed", 3, world, rank, group)
     with pytest.raises(ValueError, match="a token on every rank"):
         layered("s4d", "short", 1, world, rank, group) if world == 4 else over_nothing(rank, group)
     torch.save(found, folder / f"rank{rank}.pt")
@@ -122,9 +132,17 @@ def test_a_window_longer_than_a_piece(found: list[dict[str, Any]], monkeypatch: 
         same(every["wide"], expected, f"rank {rank}")
 
 
+@pytest.mark.parametrize("mixer", list(SPECIAL))
+def test_other_options(found: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, mixer: str) -> None:
+    monkeypatch.setitem(OPTIONS, mixer, SPECIAL[mixer])
+    expected = layered(mixer, "packed", 3, 1, 0, None)
+    for rank, every in enumerate(found):
+        same(every[f"special {mixer}"], expected, f"rank {rank}")
+
+
 def test_those_with_a_form_of_their_own_wait_for_no_state(found: list[dict[str, Any]]) -> None:
     assert all(every["waits"] == found[0]["waits"] for every in found)
-    assert set(found[0]["waits"]) == set(list_mixers(streaming=True)) - {"s4d", "mamba2", "local"}
+    assert set(found[0]["waits"]) == set(list_mixers(streaming=True)) - {"s4d", "mamba2", "local", "attention", "hyena"}
 
 
 def test_one_process_is_itself() -> None:
