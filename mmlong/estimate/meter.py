@@ -6,17 +6,15 @@ as if nothing stayed in a cache between two operators.
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mmlong.measure.flops import asks_about_form, composed, operator_flops
+from mmlong.measure.alive import LiveBytes
+from mmlong.measure.flops import Operators, operator_flops
 
 PRODUCTS, ATTENTION, FFT, ELEMENTWISE = "products", "attention", "fft", "elementwise"
 """Classes of operators; the last is everything that only moves numbers: elementwise, reductions, gathers, copies."""
@@ -30,51 +28,40 @@ def operator_class(func: Any, flops: int | None) -> str:
     return ATTENTION if "attention" in name else FFT if "fft" in name else PRODUCTS
 
 
-class Meter(TorchDispatchMode):
+class Meter(Operators):
     """Records while it is entered. Tensors that were there before count nothing.
 
     Attributes:
         flops, moved: by ``(class, dtype)``: floating-point operations, and bytes read and written.
         kernels: operators that did something (a view does nothing).
-        alive, peak: bytes of tensors made since, now and at most.
     """
-
-    supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()
         self.flops: Counter[tuple[str, str]] = Counter()
         self.moved: Counter[tuple[str, str]] = Counter()
         self.kernels = 0
-        self.alive = 0
-        self.peak = 0
-        self._followed: dict[int, weakref.ref[Any]] = {}
+        self._live = LiveBytes()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if asks_about_form(func):
-            return NotImplemented
-        if composed(func):
-            with self:
-                return func.decompose(*args, **kwargs)
+    @property
+    def alive(self) -> int:
+        """Bytes of tensors made since, now."""
+        return self._live.now
+
+    @property
+    def peak(self) -> int:
+        """The same at most."""
+        return self._live.peak
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         for t in read:
-            storage = t.untyped_storage()
-            if storage._cdata not in self._followed:
-                self._follow(storage, 0)
+            self._live.meet(t, made=False)
         out = func(*args, **kwargs)
         schema = getattr(func, "_schema", None)
         mutable = schema is not None and schema.is_mutable
-        written = []
-        for t in tree_leaves(out):
-            if not isinstance(t, Tensor):
-                continue
-            storage = t.untyped_storage()
-            known = storage._cdata in self._followed
-            if not known:
-                self._follow(storage, storage.nbytes())
-            if mutable or not known:
-                written.append(t)
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        written = [t for t in made if self._live.meet(t, made=True) or mutable]
         if written and not func.__name__.startswith(("empty", "new_empty")):
             self.kernels += 1
             flops = operator_flops(func, args, kwargs, out)
@@ -82,19 +69,6 @@ class Meter(TorchDispatchMode):
             self.flops[key] += flops or 0
             self.moved[key] += sum(map(_bytes, read)) + sum(map(_bytes, written))
         return out
-
-    def _follow(self, storage: Any, size: int) -> None:
-        key = storage._cdata
-        self._followed[key] = weakref.ref(storage, self._forget(key, size))
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-
-    def _forget(self, key: int, size: int) -> Callable[[Any], None]:
-        def forget(_: Any) -> None:
-            self.alive -= size
-            self._followed.pop(key, None)
-
-        return forget
 
 
 def _bytes(t: Tensor) -> int:

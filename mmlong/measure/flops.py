@@ -87,14 +87,31 @@ def composed(func: Any) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
-class FlopCounter(TorchDispatchMode):
-    """Counts while it is entered, backward passes and recomputation included.
+class Operators(TorchDispatchMode):
+    """While it is entered, :meth:`run` gets every operator that is dispatched, backward passes and recomputation included; compositions by their parts."""
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if asks_about_form(func):
+            return NotImplemented
+        if composed(func):
+            with self:
+                return func.decompose(*args, **kwargs)
+        return self.run(func, args, kwargs)
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Call the operator, and look."""
+        return func(*args, **kwargs)
+
+
+class FlopCounter(Operators):
+    """Counts while it is entered.
 
     Attributes:
         counts: operator's name -> floating-point operations.
     """
-
-    supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,13 +122,7 @@ class FlopCounter(TorchDispatchMode):
         """Of all operators."""
         return sum(self.counts.values())
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if asks_about_form(func):
-            return NotImplemented
-        if composed(func):
-            with self:
-                return func.decompose(*args, **kwargs)
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
         if flops := operator_flops(func, args, kwargs, out):
             self.counts[func._overloadpacket.__name__] += flops

@@ -2,7 +2,7 @@
 
 Three counts of a forward and backward pass:
 
-- arithmetic of matrix products, convolutions and attention (torch's FLOP counter; it does not know FFTs, which are ``n log n``);
+- arithmetic of matrix products, convolutions, attention and FFTs (:mod:`mmlong.measure.flops`);
 - elements written by any operation, so that quadratic work done elementwise is seen too;
 - memory: bytes that autograd keeps for the backward pass, and the largest number of bytes alive at once. Both must be linear
   in L for every mixer, whatever its work: a sequence too long to hold is of no use here. ``n log n`` and ``n sqrt n`` mixers may
@@ -11,16 +11,14 @@ Three counts of a forward and backward pass:
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from mmlong.measure.alive import LiveBytes
+from mmlong.measure.flops import FlopCounter
 from mmlong.testing.subject import Subject
 
 LENGTHS = (1024, 2048, 4096)
@@ -65,36 +63,19 @@ def _measure(s: Subject, length: int) -> dict[str, int]:
     module = s.module(torch.float32, fresh=True)
     x = s.tokens(1, length, dtype=torch.float32).requires_grad_()
     weights = s.tokens(1, length, seed=3, dtype=torch.float32)
-    flops = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
     meter, kept = _Meter(), _Kept(module)
-    with flops, meter:
+    with meter:
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda t: t):
             y, _ = s.run(module, x)
         loss = (y * weights).sum()
         with s.running(f"backward at L = {length}"):
             loss.backward()
     return {
-        "floating-point operations": int(flops.get_total_flops()),
+        "floating-point operations": meter.total,
         "elements written": meter.written,
         "bytes kept for the backward pass": kept.bytes,
-        "bytes alive at once": meter.peak,
+        "bytes alive at once": meter.live.peak,
     }
-
-
-def _attention_flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return sdpa_flop_count(q, k, v)
-
-
-def _attention_backward_flops(dy: Any, q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return sdpa_backward_flop_count(dy, q, k, v)
-
-
-_aten = torch.ops.aten
-# torch's counter knows the GPU kernels of attention only.
-_CPU_ATTENTION = {
-    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-}
 
 
 class _Kept:
@@ -114,42 +95,20 @@ class _Kept:
         return t
 
 
-class _Meter(TorchDispatchMode):
-    """Counts elements that operations write, and follows the bytes that are alive."""
+class _Meter(FlopCounter):
+    """Counts arithmetic and the elements that operations write, and follows the bytes that are alive."""
 
     def __init__(self) -> None:
         super().__init__()
         self.written = 0
-        self.peak = 0
-        self._now = 0
-        self._followed: dict[int, weakref.ref[Any]] = {}
+        self.live = LiveBytes()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         for t in tree_leaves((args, kwargs)):
-            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in self._followed:
-                self._follow(t, 0)  # was there before the count began
-        out = func(*args, **(kwargs or {}))
+            if isinstance(t, Tensor):
+                self.live.meet(t, made=False)
+        out = super().run(func, args, kwargs)
         for t in tree_leaves(out):
-            if not isinstance(t, Tensor):
-                continue
-            known = t.untyped_storage()._cdata in self._followed
-            if known and not func._schema.is_mutable:
-                continue  # a view
-            self.written += t.numel()
-            if not known:
-                self._follow(t, t.untyped_storage().nbytes())
+            if isinstance(t, Tensor) and (self.live.meet(t, made=True) or func._schema.is_mutable):
+                self.written += t.numel()
         return out
-
-    def _follow(self, t: Tensor, size: int) -> None:
-        storage = t.untyped_storage()
-        key = storage._cdata
-        self._followed[key] = weakref.ref(storage, self._forget(key, size))
-        self._now += size
-        self.peak = max(self.peak, self._now)
-
-    def _forget(self, key: int, size: int) -> Callable[[Any], None]:
-        def forget(_: Any) -> None:
-            self._now -= size
-            self._followed.pop(key, None)
-
-        return forget

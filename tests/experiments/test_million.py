@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from mmlong.experiments.scale import job, million
 
-from mmlong.testing.cost import _Meter
+from mmlong.estimate.meter import Meter
 
 
 def options(**given: Any) -> argparse.Namespace:
@@ -49,7 +49,7 @@ def test_what_is_alive_hardly_grows_with_the_tokens() -> None:
     def peak(tokens: int) -> int:
         given = options(tokens=tokens)
         task, batch = job.build(given, given.segment), job.read("text", tokens)
-        with _Meter() as meter:
+        with Meter() as meter:
             task.nats(batch)[0].backward()
         return meter.peak
 
