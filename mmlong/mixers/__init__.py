@@ -15,8 +15,11 @@ from mmlong.mixers.contract import (
     register_mixer,
     require_streaming,
 )
+from mmlong.mixers.delta import KDA, DeltaNet, GatedDeltaNet
+from mmlong.mixers.gated_recurrence import RGLRU, MinGRU, MinLSTM
 from mmlong.mixers.hyena import Hyena
 from mmlong.mixers.local import Local
+from mmlong.mixers.lru import LRU, S5
 from mmlong.mixers.mamba2 import Mamba2
 from mmlong.mixers.masked_conv import MaskedConv2d
 from mmlong.mixers.s4d import S4D
@@ -32,13 +35,21 @@ from mmlong.mixers.state import (
 )
 
 __all__ = [
+    "KDA",
+    "LRU",
     "MIXERS",
+    "RGLRU",
     "S4D",
+    "S5",
     "Attention",
+    "DeltaNet",
+    "GatedDeltaNet",
     "Hyena",
     "Local",
     "Mamba2",
     "MaskedConv2d",
+    "MinGRU",
+    "MinLSTM",
     "Mixer",
     "State",
     "Traits",

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mmlong.layout import Layout
 from mmlong.mixers.contract import Mixer, register_mixer
+from mmlong.mixers.hippo import hippo_modes
 from mmlong.mixers.state import State
 from mmlong.ops.diagonal import diagonal_recurrence
 
@@ -136,8 +137,4 @@ def initial_frequencies(init: Init, d_state: int) -> Tensor:
         return math.pi * n
     if init == "inv":
         return d_state / math.pi * (d_state / (2 * n + 1) - 1)
-    # HiPPO-LegS plus its rank-one part is -1/2 plus a skew matrix S; i S is Hermitian, with eigenvalues in pairs of signs.
-    root = (2 * torch.arange(d_state, dtype=torch.float64) + 1).sqrt()
-    skew = torch.outer(root, root) / 2
-    skew = skew.triu(1) - skew.tril(-1)
-    return torch.linalg.eigvalsh(1j * skew)[d_state // 2 :].clone()
+    return hippo_modes(d_state)[0].imag.clone()

@@ -30,6 +30,13 @@ TILES = {
     "mmlong.ops.tiled_attention.MAX_KEYS": 32,
 }
 
+BLOCKS = {
+    "mmlong.mixers.blocks.BLOCK_ELEMENTS": 1,
+    "mmlong.mixers.blocks.BLOCK_TOKENS": 100,
+    "mmlong.ops.blockwise.STRETCH": 50,
+}
+SCANNED = {"mmlong.ops.scan.CHUNK": 8, **BLOCKS}
+
 NEARER: dict[str, Nearer] = {
     "attention": Nearer({"heads": 4, "kv_heads": 2}, TILES),
     "hyena": Nearer({"max_length": 100, "order": 3}, {"mmlong.ops.long_conv.BLOCK_ELEMENTS": 1 << 12}),
@@ -42,6 +49,11 @@ NEARER: dict[str, Nearer] = {
             "mmlong.ops.short_conv.BLOCK_ELEMENTS": 1 << 13,
         },
     ),
+    "lru": Nearer({"d_state": 5}, SCANNED),
+    "min_gru": Nearer({}, SCANNED),
+    "min_lstm": Nearer({"candidate": "positive", "expand": 1.5}, SCANNED),
+    "rg_lru": Nearer({"blocks": 2}, SCANNED),
+    "s5": Nearer({"d_state": 12, "blocks": 3}, SCANNED),
     "s4d": Nearer({"chunk": 8, "d_state": 6, "init": "legs"}),
 }
 
