@@ -21,8 +21,7 @@ sum over pairs, since every path through ``a_t`` as a query's side ends in ``y_t
 
     d a_t = dY_t . Y_t - V_t . dV_t,   plus <S_Q, dS_Q> at the chunk's end;   d g = reversed cumulative sum of d a.
 
-That is the form on a CPU. Under a compiler all chunks go at once in operations that autograd understands, on other devices all chunks of a stretch, or a package's kernels do it
-(:mod:`mmlong.ops.linear_attention_backends`).
+That is the form on a CPU. Under a compiler and on other devices it is :mod:`mmlong.ops.linear_attention_whole`, or a package's kernels (:mod:`mmlong.ops.linear_attention_backends`).
 """
 
 from __future__ import annotations
@@ -35,11 +34,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from mmlong.layout import Layout
 from mmlong.ops.backends import Backend, Request, span
 from mmlong.ops.linear_attention_backends import LINEAR_ATTENTION, Recurrence, preferred
+from mmlong.ops.linear_attention_whole import stretches, whole
 
 BLOCK_ELEMENTS = 1 << 22
 """Elements that a block of chunks makes on the way; larger ones spill out of a common core's caches."""
@@ -49,9 +48,6 @@ MAX_CHUNKS = 64
 
 LOOPED_ELEMENTS = 1 << 12
 """Elements of a row's state from which a loop over the chunks costs less than that product and its copies."""
-
-STRETCH_CHUNKS = 256
-"""Chunks that go at once where there is no loop over them: what joins them is quadratic in it."""
 
 LOG2_E = math.log2(math.e)
 
@@ -186,10 +182,10 @@ def _portable(r: Recurrence) -> tuple[Tensor, Tensor]:
         return _one_token(q, k, v, g, log_input, skip, state)
     if torch.compiler.is_compiling() and (v.device.type == "cpu" or torch.compiler.is_exporting()):
         with torch.autocast(v.device.type, enabled=False):
-            return _plain(q, k, v, g, log_input, skip, state, documents, size)
+            return whole(q, k, v, g, log_input, skip, state, documents, size)
     if v.device.type != "cpu":
         with torch.autocast(v.device.type, enabled=False):
-            return _stretches(q, k, v, g, log_input, skip, state, documents, size)
+            return stretches(q, k, v, g, log_input, skip, state, documents, size)
     return _ScalarDecay.apply(q, k, v, g, log_input, skip, state, documents, size, torch.is_grad_enabled(), keep)
 
 
@@ -212,100 +208,6 @@ def _one_token(
     y = (state.view(B, G, -1, N) @ q[:, 0, :, :, None].to(dtype)).view(B, H, P)
     y = y if skip is None else torch.addcmul(y, value, skip[:, None])
     return y[:, None].to(v.dtype), state
-
-
-def _plain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    log_input: Tensor | None,
-    skip: Tensor | None,
-    state: Tensor,
-    documents: Tensor | None,
-    size: int,
-) -> tuple[Tensor, Tensor]:
-    """The chunk form over all chunks at once, in operations that autograd and compilers understand."""
-    (B, L, H, P), G, dtype = v.shape, k.shape[2], state.dtype
-    C = (L + size - 1) // size
-    if torch.compiler.is_exporting() and not isinstance(L, int):
-        C += 1  # of an unknown number of chunks, 1 would be traced as a special case
-    short = C * size - L
-    if log_input is None:
-        log_input = torch.zeros_like(g)
-
-    def chunks(t: Tensor, fill: float = 0.0) -> Tensor:
-        padding = [0, 0] * (t.ndim - 2) + [0, short]
-        return torch.nn.functional.pad(t, padding, value=fill).reshape(B, C, size, *t.shape[2:])
-
-    Q, K, V = (chunks(t.to(dtype)) for t in (q, k, v))
-    a = chunks(g).cumsum(2).movedim(3, 1)  # (B, H, C, Q)
-    s = a - chunks(log_input, -math.inf).movedim(3, 1)
-    total = a[..., -1]
-    ends = torch.nn.functional.pad(total.cumsum(-1), (1, 0))  # (B, H, C + 1), log decay up to each boundary
-    future = torch.ones(size, size, dtype=torch.bool, device=v.device).triu(1)
-    later = torch.ones(C + 1, C + 1, dtype=torch.bool, device=v.device).triu(1)
-    cut_pairs, cut_ends = future, later
-    cut_in: Tensor | None = None
-    cut_out: Tensor | None = None
-    if documents is not None:
-        last = documents[:, -1:].expand(-1, short)
-        inside = torch.cat([documents, last], 1).view(B, 1, C, size)
-        boundary = torch.cat([torch.zeros_like(inside[..., 0, :1]), inside[..., -1]], -1)  # (B, 1, C + 1)
-        cut_pairs = future | (inside[..., :, None] != inside[..., None, :])
-        cut_ends = later | (boundary[..., :, None] != boundary[..., None, :])
-        cut_in = inside != boundary[..., :-1, None]
-        cut_out = inside != inside[..., -1:]
-    none = -math.inf
-    decay = (a[..., :, None] - s[..., None, :]).masked_fill(cut_pairs, none).exp()
-    across = (ends[..., :, None] - ends[..., None, :]).masked_fill(cut_ends, none).exp()
-    log_out = total[..., None] - s
-    into, out = a if cut_in is None else a.masked_fill(cut_in, none), log_out
-    out = out if cut_out is None else out.masked_fill(cut_out, none)
-    M = torch.einsum("bctgn,bcsgn->bgcts", Q, K).repeat_interleave(H // G, 1) * decay
-    V = V.movedim(3, 1)  # (B, H, C, Q, P)
-    Kh, Qh = (t.movedim(3, 1).repeat_interleave(H // G, 1) for t in (K, Q))
-    written = torch.einsum("bhcqp,bhcqn->bhcpn", V * out.exp()[..., None], Kh)
-    states = torch.einsum("bhrc,bhcpn->bhrpn", across, torch.cat([state[:, :, None], written], 2))
-    y = M @ V + torch.einsum("bhcqn,bhcpn->bhcqp", Qh * into.exp()[..., None], states[:, :, :-1])
-    y = y if skip is None else y + skip[:, None, None, None] * V
-    return y.movedim(1, 3).reshape(B, C * size, H, P)[:, :L].to(v.dtype), states[:, :, -1]
-
-
-def _stretches(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    log_input: Tensor | None,
-    skip: Tensor | None,
-    state: Tensor,
-    documents: Tensor | None,
-    size: int,
-) -> tuple[Tensor, Tensor]:
-    """:func:`_plain` over stretches of chunks one after another, each recomputed in the backward: memory linear in the length, and little of it."""
-    L, step = v.shape[1], size * STRETCH_CHUNKS
-    if step >= L:
-        return _plain(q, k, v, g, log_input, skip, state, documents, size)
-    outputs = []
-    for i in range(0, L, step):
-        part = slice(i, min(i + step, L))
-        inside = None
-        if documents is not None:
-            # Counted from what the stretch before ended in, whose state this one begins with.
-            inside = documents[:, part] - (documents[:, i - 1 : i] if i else 0)
-        y, state = checkpoint(
-            _plain,
-            *(None if t is None else t[:, part] for t in (q, k, v, g, log_input)),
-            skip,
-            state,
-            inside,
-            size,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        outputs.append(y)
-    return torch.cat(outputs, 1), state
 
 
 # The blocked form
@@ -586,12 +488,12 @@ def _block_backward(
     own = dM.view(Z, H, -1)[..., :: T + 1].clone() if c.skip is not None else None  # dy_t . v_t
     dpairs = dM.view(Z, G, h, T, T).mul_(c.decay.view(Z, G, h, T, T))
     dpairs = (dpairs.sum(2) if h > 1 else dpairs).view(Z * G, T, T)
-    for whole, part, a, b in ((dq, dpairs @ c.k, dy_in, S), (dk, dpairs.mT @ c.q, v_out, dS_after)):
-        place = c.place(whole) if G == 1 else None
+    for target, part, a, b in ((dq, dpairs @ c.k, dy_in, S), (dk, dpairs.mT @ c.q, v_out, dS_after)):
+        place = c.place(target) if G == 1 else None
         if place is not None:
             torch.baddbmm(part, a, b, out=place.squeeze(2))
         else:
-            c.store(whole, part.baddbmm_(a, b).view(Z, G, T, -1).transpose(1, 2))
+            c.store(target, part.baddbmm_(a, b).view(Z, G, T, -1).transpose(1, 2))
 
     given = (c.v * value).sum(-1)  # (Z, T, H)
     da = (dy * y).sum(-1).sub_(given)

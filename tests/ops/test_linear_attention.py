@@ -13,6 +13,7 @@ from torch import Tensor
 from mmlong.layout import Layout
 from mmlong.ops import linear_attention as module
 from mmlong.ops.linear_attention import scalar_decay_attention, scalar_decay_reference
+from mmlong.ops.linear_attention_whole import whole
 
 NAMES = ("q", "k", "v", "g", "log_input", "skip", "state")
 
@@ -107,7 +108,7 @@ def test_lengths_and_resets(data: st.DataObject) -> None:
     documents = layout.documents()
     if lengths is None:
         tensors = [inputs[name] for name in NAMES]
-        assert_same(inputs, module._plain(*tensors, documents, chunk), want)
+        assert_same(inputs, whole(*tensors, documents, chunk), want)
 
 
 @settings(max_examples=10, deadline=None)
@@ -144,7 +145,7 @@ def test_traced_form(sizes: tuple[int, ...], optional: bool) -> None:
     if not optional:
         inputs = {name: t for name, t in inputs.items() if name not in ("log_input", "skip")}
     tensors = [inputs.get(name) for name in NAMES]
-    assert_same(inputs, module._plain(*tensors, None, 8), scalar_decay_reference(**inputs))  # type: ignore[arg-type]
+    assert_same(inputs, whole(*tensors, None, 8), scalar_decay_reference(**inputs))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("form", ["blocks", "plain"])
@@ -157,7 +158,7 @@ def test_any_decay_is_finite(form: str) -> None:
     g = -torch.tensor([0.0, 1e-6, 30.0, 200.0]).repeat(66)[: 130 * 2].view(1, 130, 2)
     inputs["g"] = g.requires_grad_()
     tensors = [inputs[name] for name in NAMES]
-    got = scalar_decay_attention(**inputs, chunk=64) if form == "blocks" else module._plain(*tensors, None, 64)
+    got = scalar_decay_attention(**inputs, chunk=64) if form == "blocks" else whole(*tensors, None, 64)
     want = scalar_decay_reference(**{name: t.detach().double() for name, t in inputs.items()})
     torch.testing.assert_close(got[0].double(), want[0], rtol=2e-3, atol=2e-3)
     for gradient in torch.autograd.grad(got[0].square().sum(), list(inputs.values())):

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mmlong.layout import Layout
 from mmlong.mixers import create_mixer
-from mmlong.ops import linear_attention as portable
 from mmlong.ops import linear_attention_backends as module
+from mmlong.ops import linear_attention_whole as forms
 from mmlong.ops.backends import HALVES, BackendError, Request
 from mmlong.ops.linear_attention import scalar_decay_attention, scalar_decay_reference
 from mmlong.ops.linear_attention_backends import LINEAR_ATTENTION, document_starts, preferred
@@ -325,13 +325,13 @@ def test_a_package_that_cannot_be_imported_is_an_error_and_not_another_way(
 
 @pytest.mark.parametrize("resets", [False, True])
 def test_stretches_are_the_whole(monkeypatch: pytest.MonkeyPatch, resets: bool) -> None:
-    monkeypatch.setattr(portable, "STRETCH_CHUNKS", 3)
+    monkeypatch.setattr(forms, "STRETCH_CHUNKS", 3)
     i = make(2, 29, 2, 1, 3, 2, torch.float64)
     leaves = [i[n] for n in ("q", "k", "v", "log_input", "skip", "state")]
     documents = (torch.rand(2, 29) < 0.2).long().cumsum(1) if resets else None
     q, k, v, log_input, skip, state = leaves
     found = []
-    for form in (portable._stretches, portable._plain):
+    for form in (forms.stretches, forms.whole):
         y, after = form(q, k, v, -log_input.exp(), log_input, skip, state, documents, 4)
         gradients = torch.autograd.grad(y.sin().sum() + after.sin().sum(), leaves)
         found.append([y, after, *gradients])
@@ -340,12 +340,12 @@ def test_stretches_are_the_whole(monkeypatch: pytest.MonkeyPatch, resets: bool) 
 
 @pytest.mark.slow
 def test_stretches_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(portable, "STRETCH_CHUNKS", 2)
+    monkeypatch.setattr(forms, "STRETCH_CHUNKS", 2)
     i = make(1, 20, 2, 1, 3, 2, torch.float32)
     leaves = [i[n] for n in ("q", "k", "v", "log_input", "skip", "state")]
     q, k, v, log_input, skip, state = leaves
     found = []
-    for form in (torch.compile(portable._stretches, backend="aot_eager", fullgraph=True), portable._stretches):
+    for form in (torch.compile(forms.stretches, backend="aot_eager", fullgraph=True), forms.stretches):
         y, after = form(q, k, v, -log_input.exp(), log_input, skip, state, None, 4)
         found.append([y, after, *torch.autograd.grad(y.sin().sum() + after.sin().sum(), leaves)])
     torch.testing.assert_close(*found)
@@ -353,7 +353,7 @@ def test_stretches_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_stretches_hold_no_more_than_one_for_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted: what is saved over and above the inputs and the states does not grow with the length."""
-    monkeypatch.setattr(portable, "STRETCH_CHUNKS", 2)
+    monkeypatch.setattr(forms, "STRETCH_CHUNKS", 2)
 
     def saved(L: int) -> int:
         i = make(1, L, 2, 1, 4, 4, torch.float32)
@@ -368,7 +368,7 @@ def test_stretches_hold_no_more_than_one_for_the_backward(monkeypatch: pytest.Mo
         g = -i["log_input"].exp().detach()
         own.add(g.untyped_storage().data_ptr())
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            portable._stretches(i["q"], i["k"], i["v"], g, i["log_input"], i["skip"], i["state"], None, 8)
+            forms.stretches(i["q"], i["k"], i["v"], g, i["log_input"], i["skip"], i["state"], None, 8)
         return sum(kept.values())
 
     assert saved(256) < saved(16) + 16 * 2 * 2 * 4 * 4 * 4
