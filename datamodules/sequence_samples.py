@@ -4,7 +4,7 @@ A batch is a dict, so that Lightning can move it to a device::
 
     raw      (B, T) or (B, C, T)   the codec's dtype; right-padded to the longest of the batch
     lengths  int64   (B,)          tokens of each row, where rows are uneven
-    resets   bool    (B, T)        where a document begins; only of a stream of more than one document
+    resets   bool    (B, T)        where a document begins; only of a stream of more than one document, and where one begins within a row or a state may come in
     continues bool   (B,)          whether a row goes on where that place of the batch before ended; only of a stream whose state is carried
     label    int64   (B,)          class id of the chosen label field, of labelled whole documents
     index    int64   (B,)          sample id: of the document, or of the stream's row
@@ -182,7 +182,8 @@ class SequenceSamples:
         batch: Batch = {"raw": torch.from_numpy(raw)}
         if min(lengths) < longest:
             batch["lengths"] = torch.tensor(lengths, dtype=torch.int64)
-        if self.resets:
+        # Without a state from before, a document that begins with its row needs no mark, and rows without marks are faster.
+        if self.resets and (self.carried or any(start > 0 for row in rows for start in row.starts)):
             batch["resets"] = torch.zeros(len(rows), longest, dtype=torch.bool)
             for place, row in zip(batch["resets"], rows, strict=True):
                 place[row.starts] = True
