@@ -30,6 +30,7 @@ data
 look
   estimate   mmlong estimate -c text/stdlib_ar --length 1e9 --ranks 64    memory, FLOPs, traffic and time of a step before it is run
   mixers     what can mix tokens, and what each can do
+  diagnose   mmlong diagnose mamba2 attention --json found.json   what a mechanism can do: recall, copying, state tracking
   doctor     versions, threads, and which backend each mixer takes on this machine
 
 options
@@ -38,7 +39,19 @@ options
 """
 
 TRAINING = ("fit", "validate", "test", "predict")
-COMMANDS = (*TRAINING, "generate", "score", "export", "recipes", "pack", "bench", "estimate", "mixers", "doctor")
+COMMANDS = (
+    *TRAINING,
+    "generate",
+    "score",
+    "export",
+    "recipes",
+    "pack",
+    "bench",
+    "estimate",
+    "mixers",
+    "diagnose",
+    "doctor",
+)
 
 
 def _dispatch(command: str, rest: list[str]) -> int:
@@ -70,6 +83,10 @@ def _dispatch(command: str, rest: list[str]) -> int:
         from mmlong.cli.tables import run_mixers
 
         return run_mixers(rest)
+    if command == "diagnose":
+        from mmlong.cli.diagnose import run_diagnose
+
+        return run_diagnose(rest)
     if command == "doctor":
         from mmlong.cli.tables import run_doctor
 

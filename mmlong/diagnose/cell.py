@@ -1,0 +1,193 @@
+"""Train a tiny model on a probe, and ask it: one cell of the table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmlong.backbone import Backbone, BackboneConfig
+from mmlong.diagnose.probes import PROBES, SILENT, Probe, Size
+from mmlong.training.optim import OptimConfig, build_optimizer
+
+SOLVED = 0.999
+"""Accuracy on fresh training sequences at which training ends early."""
+LOOK = 100
+"""Steps between two looks at it."""
+ASKED_TOKENS = 1 << 17
+"""Tokens that a test asks about in all, in batches of the training's rows; at least one batch."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a cell is learned.
+
+    Attributes:
+        mixer: a name, or a mapping of ``name`` and options, as a recipe has it.
+        probe: a name.
+        dim, depth: of the backbone, whose blocks have a SwiGLU of twice the width.
+        seed: of weights and sequences.
+        scale: of the probe's number of steps.
+    """
+
+    mixer: Any
+    probe: str
+    dim: int = 64
+    depth: int = 2
+    seed: int = 0
+    scale: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """The mixer, with its options."""
+        if isinstance(self.mixer, str):
+            return self.mixer
+        options = ",".join(f"{key}={value}" for key, value in self.mixer.items() if key != "name")
+        return f"{self.mixer['name']}:{options}" if options else str(self.mixer["name"])
+
+    @property
+    def key(self) -> str:
+        """What tells cells apart."""
+        return f"{self.name} / {self.probe} / {self.dim} x {self.depth} / {self.scale:g} / seed {self.seed}"
+
+
+@dataclass
+class Cell:
+    """What was found.
+
+    Attributes:
+        setting: what was learned.
+        accuracy: by the test's name.
+        steps: taken; fewer than the probe's where it was solved before.
+        loss: of the last batch that had one.
+        seconds: of training and asking.
+        parameters: of the model.
+        failed: why there is no accuracy.
+    """
+
+    setting: Setting
+    accuracy: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    loss: float | None = None
+    seconds: float = 0.0
+    parameters: int = 0
+    failed: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> Cell:
+        """What :meth:`as_dict` made."""
+        return cls(**{**plain, "setting": Setting(**plain["setting"])})
+
+
+class ProbeModel(nn.Module):
+    """Embedding, backbone, answers: of every position, or ``from_last`` of them decoded from the last one with an embedding of which (MAD's form).
+
+    Args:
+        probe: what is asked.
+        backbone: causal.
+    """
+
+    def __init__(self, probe: Probe, backbone: BackboneConfig) -> None:
+        super().__init__()
+        dim = backbone.dim
+        assert isinstance(dim, int)
+        self.embed = nn.Embedding(probe.vocabulary, dim)
+        nn.init.normal_(self.embed.weight, std=dim**-0.5)
+        self.backbone = Backbone(backbone)
+        self.which = nn.Parameter(torch.randn(probe.from_last, dim)) if probe.from_last else None
+        self.decoder = (
+            nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, probe.vocabulary))
+            if probe.from_last
+            else nn.Linear(dim, probe.vocabulary)
+        )
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Codes ``(B, L)`` to logits ``(B, L or from_last, vocabulary)``."""
+        x, _ = self.backbone(self.embed(codes))
+        return self.decoder(x if self.which is None else x[:, -1:] + self.which)
+
+
+def _batch(probe: Probe, rng: np.random.Generator, rows: int, size: Size) -> tuple[Tensor, Tensor]:
+    codes, answers = probe.draw(rng, rows, **size)
+    return torch.from_numpy(codes), torch.from_numpy(answers)
+
+
+def _right(logits: Tensor, answers: Tensor) -> tuple[int, int]:
+    asked = answers != SILENT
+    return int((logits.argmax(-1)[asked] == answers[asked]).sum()), int(asked.sum())
+
+
+def learn(setting: Setting, told: Callable[[int, int, float], None] | None = None) -> Cell:
+    """Train and ask.
+
+    Args:
+        setting: what and how.
+        told: called with ``(step, steps, accuracy of the last look)``.
+
+    Raises:
+        ValueError: a mixer that is not causal, or whose options do not fit.
+        KeyError: an unknown mixer or probe.
+    """
+    probe, begun = PROBES[setting.probe], time.perf_counter()
+    torch.manual_seed(setting.seed)
+    backbone = BackboneConfig(dim=setting.dim, depth=setting.depth, mixers=[setting.mixer], ffn_ratio=2.0)
+    model = ProbeModel(probe, backbone)
+    cell = Cell(setting, parameters=sum(p.numel() for p in model.parameters()))
+    steps = max(1, round(probe.steps * setting.scale))
+    config = OptimConfig(lr=probe.lr, weight_decay=0.1, warmup=min(50, steps // 5 + 1))
+    optimizer, schedule = build_optimizer(model, config, steps)
+    rng = np.random.default_rng([setting.seed, 0])
+    looked = 0.0
+    for step in range(steps):
+        codes, answers = _batch(probe, rng, probe.rows, probe.train[step % len(probe.train)])
+        logits = model(codes)
+        loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), ignore_index=SILENT)
+        if not bool(torch.isfinite(loss)):
+            cell.failed = f"the loss is {float(loss)} at step {step + 1}"
+            break
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        cell.steps, cell.loss = step + 1, float(loss.detach())
+        if (step + 1) % LOOK == 0 or step + 1 == steps:
+            looked = ask(model, probe, probe.train, setting.seed, 2 + step)
+            if told is not None:
+                told(step + 1, steps, looked)
+            if looked >= SOLVED:
+                break
+    if not cell.failed:
+        cell.accuracy = {name: ask(model, probe, (size,), setting.seed, 1) for name, size in probe.tests.items()}
+    cell.seconds = time.perf_counter() - begun
+    return cell
+
+
+@torch.no_grad()
+def ask(model: nn.Module, probe: Probe, sizes: tuple[Size, ...], seed: int, stream: int) -> float:
+    """Share of right answers on fresh sequences of some sizes.
+
+    Args:
+        stream: which sequences of the seed; training has number 0.
+    """
+    model.eval()
+    rng = np.random.default_rng([seed, stream])
+    right = asked = 0
+    for size in sizes:
+        tokens = 0
+        while tokens < ASKED_TOKENS // len(sizes) // (1 if stream == 1 else 4):
+            codes, answers = _batch(probe, rng, probe.rows, size)
+            found = _right(model(codes), answers)
+            right, asked, tokens = right + found[0], asked + found[1], tokens + codes.numel()
+    model.train()
+    return right / asked

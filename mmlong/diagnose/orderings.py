@@ -1,0 +1,61 @@
+"""What is published about which mechanisms solve what: relations that a table of cells must show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+Accuracy = Callable[[str, str, str], float | None]
+"""``(mixer, probe, test)`` to the mean accuracy, or ``None`` where that was not measured."""
+
+
+@dataclass(frozen=True)
+class Ordering:
+    """On one test some mechanisms reach ``least`` and others stay below ``most``.
+
+    Attributes:
+        probe, test: where.
+        able, unable: mixers, with options where they matter.
+        least, most: accuracies.
+        source: who says so.
+    """
+
+    probe: str
+    test: str
+    able: tuple[str, ...]
+    unable: tuple[str, ...]
+    least: float
+    most: float
+    source: str
+
+    def check(self, accuracy: Accuracy) -> list[tuple[str, bool]]:
+        """``(what was found, whether it holds)`` for every mixer of it that was measured."""
+        said = []
+        for mixers, holds, sign in (
+            (self.able, lambda a: a >= self.least, f">= {self.least:.2f}"),
+            (self.unable, lambda a: a <= self.most, f"<= {self.most:.2f}"),
+        ):
+            for mixer in mixers:
+                found = accuracy(mixer, self.probe, self.test)
+                if found is not None:
+                    said.append(
+                        (
+                            f"{self.probe} {self.test}: {mixer} {found:.3f}, expected {sign} ({self.source})",
+                            holds(found),
+                        )
+                    )
+        return said
+
+
+ORDERINGS: Sequence[Ordering] = (
+    Ordering("recall", "32 pairs", ("attention", "deltanet", "gated_deltanet"), ("s4d", "hyena", "lru", "s5"), 0.95, 0.6,
+             "Arora et al. 2023, arXiv 2312.04927; Yang et al. 2024, arXiv 2406.06484"),
+    Ordering("selective_copy", "64", ("mamba", "mamba2", "attention"), ("s4d", "lru", "s5"), 0.95, 0.7,
+             "Gu & Dao 2023, arXiv 2312.00752, table 1"),
+    Ordering("induction", "4096", ("mamba",), ("attention",), 0.95, 0.6, "Gu & Dao 2023, arXiv 2312.00752, table 2"),
+    Ordering("parity", "256", ("lstm", "gru", "deltanet:negative_eigenvalues=True"), ("attention", "mamba", "mamba2", "gla", "deltanet", "linear_transformer"), 0.95, 0.7,
+             "Grazzi et al. 2024, arXiv 2411.12537"),
+    Ordering("modular_addition", "256", ("lstm",), ("attention", "mamba", "mamba2", "gla", "linear_transformer"), 0.95, 0.6,
+             "Grazzi et al. 2024, arXiv 2411.12537; Merrill et al. 2024, arXiv 2404.08819"),
+    Ordering("copy", "32", ("attention",), ("s4d",), 0.95, 0.9, "Jelassi et al. 2024, arXiv 2402.01032"),
+)  # fmt: skip

@@ -1,0 +1,167 @@
+"""What was found, kept cell by cell as JSON, shown as a table and as a picture, and held against what is published."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from mmlong.diagnose.cell import Cell
+from mmlong.diagnose.orderings import ORDERINGS
+from mmlong.diagnose.probes import PROBES
+
+FORMAT = 1
+
+
+class BadFindingsError(ValueError):
+    """A file that holds no findings; the message says which and why."""
+
+
+@dataclass
+class Findings:
+    """Cells, and the machine they were found on.
+
+    Attributes:
+        cells: by their key, in order.
+        machine: :func:`mmlong.measure.machine.describe`.
+        command: the words of the last command that added to them.
+    """
+
+    cells: dict[str, Cell] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    command: list[str] = field(default_factory=list)
+
+    def add(self, cell: Cell) -> None:
+        """Keep a cell, in the place of an earlier one of its setting."""
+        self.cells[cell.setting.key] = cell
+
+    def save(self, path: Path) -> None:
+        """Write JSON: whole or not at all."""
+        content = {
+            "format": FORMAT, "command": self.command, "machine": self.machine,
+            "cells": [cell.as_dict() for cell in self.cells.values()],
+        }  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(path.name + ".part")
+        beside.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(beside, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Findings:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            BadFindingsError: it cannot be read, or is something else.
+        """
+        try:
+            content = json.loads(path.read_text())
+            if content["format"] != FORMAT:
+                raise BadFindingsError(f"{path} has format {content['format']}; this reads {FORMAT}")
+            cells = [Cell.from_dict(cell) for cell in content["cells"]]
+        except BadFindingsError:
+            raise
+        except OSError as error:
+            raise BadFindingsError(f"{path} cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadFindingsError(f"{path} holds no findings of mmlong diagnose: {error}") from error
+        return cls({cell.setting.key: cell for cell in cells}, content["machine"], content["command"])
+
+    def accuracies(self, mixer: str, probe: str, test: str, dim: int | None = None) -> list[float]:
+        """Of all seeds (and widths, unless one is given)."""
+        return [
+            cell.accuracy[test]
+            for cell in self.cells.values()
+            if cell.setting.name == mixer and cell.setting.probe == probe and test in cell.accuracy
+            and dim in (None, cell.setting.dim)
+        ]  # fmt: skip
+
+    def mean(self, mixer: str, probe: str, test: str) -> float | None:
+        """Over seeds, at the greatest width that was tried; ``None``: not measured."""
+        dims = [c.setting.dim for c in self.cells.values() if c.setting.name == mixer and c.setting.probe == probe]
+        found = self.accuracies(mixer, probe, test, max(dims)) if dims else []
+        return sum(found) / len(found) if found else None
+
+    def rows(self) -> list[tuple[str, int]]:
+        """Mixers and widths, in order."""
+        return list(dict.fromkeys((cell.setting.name, cell.setting.dim) for cell in self.cells.values()))
+
+    def columns(self) -> list[tuple[str, str]]:
+        """Probes and tests, in order."""
+        probes = dict.fromkeys(cell.setting.probe for cell in self.cells.values())
+        return [(probe, test) for probe in probes if probe in PROBES for test in PROBES[probe].tests]
+
+    def published(self) -> list[tuple[str, bool]]:
+        """Every published relation that the cells can answer, and whether it holds here."""
+        return [said for ordering in ORDERINGS for said in ordering.check(self.mean)]
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    mean = f"{100 * sum(values) / len(values):.0f}"
+    spread = max(values) - min(values)
+    return f"{mean} ±{50 * spread:.0f}" if spread > 0.02 else mean
+
+
+def table(findings: Findings) -> Table:
+    """Mean accuracy over seeds in per cent, and half the range of the seeds where they differ; a dash where nothing was measured."""
+    made = Table(box=None, pad_edge=False)
+    made.add_column("mixer", no_wrap=True)
+    made.add_column("dim", justify="right")
+    columns = findings.columns()
+    for probe, test in columns:
+        made.add_column(f"{probe}\n{test}", justify="right")
+    for mixer, dim in findings.rows():
+        made.add_row(mixer, str(dim), *(_cell(findings.accuracies(mixer, *column, dim)) for column in columns))
+    made.add_row("chance", "", *(f"{100 * PROBES[probe].chance:.0f}" for probe, _ in columns))
+    return made
+
+
+def markdown(findings: Findings) -> str:
+    """The same, for a README."""
+    columns = findings.columns()
+    head = ["mixer", "dim", *(f"{probe} {test}" for probe, test in columns)]
+    lines: Iterable[list[str]] = [
+        head,
+        ["---"] * len(head),
+        *([mixer, str(dim), *(_cell(findings.accuracies(mixer, *c, dim)) for c in columns)] for mixer, dim in findings.rows()),
+    ]  # fmt: skip
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def plot(findings: Findings, path: Path) -> None:
+    """The table as a picture, dark where nothing is solved.
+
+    Raises:
+        ValueError: there are no cells.
+    """
+    rows, columns = findings.rows(), findings.columns()
+    if not rows:
+        raise ValueError("there is nothing to draw: no cell was finished")
+    import matplotlib.figure
+    import numpy as np
+
+    grid = np.full((len(rows), len(columns)), np.nan)
+    for i, (mixer, dim) in enumerate(rows):
+        for j, column in enumerate(columns):
+            if found := findings.accuracies(mixer, *column, dim):
+                grid[i, j] = sum(found) / len(found)
+    figure = matplotlib.figure.Figure(figsize=(3 + 0.55 * len(columns), 2.2 + 0.32 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    shown = axis.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    several = len({dim for _, dim in rows}) > 1
+    axis.set_yticks(range(len(rows)), [f"{mixer}, {dim}" if several else mixer for mixer, dim in rows])
+    axis.set_xticks(range(len(columns)), [f"{probe} {test}" for probe, test in columns], rotation=90)
+    for (i, j), value in np.ndenumerate(grid):
+        if not np.isnan(value):
+            axis.text(
+                j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color="k" if value > 0.6 else "w"
+            )
+    figure.colorbar(shown, ax=axis, label="accuracy", shrink=0.6)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
