@@ -17,6 +17,8 @@ MODULES: dict[str, str] = {
     "stdlib": "stdlib",
     "bible": "bible",
     "news": "news",
+    "listops": "listops",
+    "listops-lra": "listops",
     "fsdd": "fsdd",
     **{f"fsdd-without-{speaker}": "fsdd" for speaker in ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")},
     "foxdot": "foxdot",

@@ -109,7 +109,7 @@ def test_missing_and_altered_packages(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_known_sources() -> None:
-    assert known_names("text") == ("stdlib", "bible", "news")
+    assert known_names("text") == ("stdlib", "bible", "news", "listops", "listops-lra")
     with pytest.raises(DataError, match="is no known source; there are stdlib, bible"):
         known_sequences("stdlb")
 
