@@ -26,6 +26,9 @@ from torch import Tensor
 
 LOG2_E = math.log2(math.e)
 
+LEAST = -50.0
+"""Smallest log decay that is told from smaller ones: beside what is written, the 2e-22 that it leaves is nothing, and a sum of them over a chunk stays exact to 4e-4."""
+
 
 class Documents(NamedTuple):
     """Which document each token of some chunks belongs to: ``inside (n, M, T)``, and ``before (n, M)``, that of the token before the chunk."""

@@ -19,43 +19,40 @@ and again only ``dS`` needs the loop. Everywhere exponents are sums of log decay
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from mmlong.ops.chunk_forms import Given
 from mmlong.ops.decayed_pairs import Documents, decay_of, scaled, unit_inverse
 
 
-class Inputs(NamedTuple):
-    """Chunks ``(n, M, T, .)``: ``n`` one after another, ``M`` rows and heads, T a power of two. Also the gradients of these."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    beta: Tensor  # (n, M, T, 1)
-    g: Tensor | None  # (n, M, T, 1 or N)
-    erase: Tensor | None
-
-
 class DeltaChunks:
-    """Some chunks: their inputs, and what the forward and the backward both need of them."""
+    """Some chunks, as :class:`mmlong.ops.chunk_forms.Chunks`: their inputs, and what the forward and the backward both need of them.
 
-    def __init__(self, inputs: Inputs, documents: Documents | None) -> None:
-        self.inputs = inputs
-        q, k, _, beta, g, erase = inputs
-        self.erase = k if erase is None else erase
-        self.decay = decay_of(g, q, documents)
-        pairs, self.reads = self.decay.products([self.erase, q], k)
+    Attributes:
+        names: of the inputs ``(n, M, T, .)``: ``beta`` has one number a token, ``g`` one or N; subclasses have what is optional.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ("q", "k", "beta", "v")
+
+    def __init__(self, inputs: Given, documents: Documents | None) -> None:
+        given = dict(zip(self.names, inputs, strict=True))
+        self.q, self.k, self.beta, self.v = (given[name] for name in DeltaChunks.names)
+        self.g = given.get("g")
+        self.erase = given.get("erase", self.k)
+        self.decay = decay_of(self.g, self.q, documents)
+        pairs, self.reads = self.decay.products([self.erase, self.q], self.k)
         self.pairs = pairs.tril(-1)
-        self.inverse = unit_inverse(beta * self.pairs)
-        self.ask = scaled(q, self.decay.into)
-        self.forget = beta * scaled(self.erase, self.decay.into)
-        self.leave = scaled(k, self.decay.out)
+        self.inverse = unit_inverse(self.beta * self.pairs)
+        self.ask = scaled(self.q, self.decay.into)
+        self.forget = self.beta * scaled(self.erase, self.decay.into)
+        self.leave = scaled(self.k, self.decay.out)
 
     def run(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From the state before the first chunk ``(M, N, P)``: outputs ``(n, M, T, P)``, the states before each chunk ``(n, M, N, P)``, the one after the last."""
-        written = self.inverse @ (self.inputs.beta * self.inputs.v)
+        written = self.inverse @ (self.beta * self.v)
         forgotten = self.inverse @ self.forget
         total, states, writes = self.decay.total, [], []
         for c in range(written.shape[0]):
@@ -70,9 +67,9 @@ class DeltaChunks:
 
         A chunk maps a state to ``Phi S + Psi``, and such maps compose: a scan in doubling steps (Hillis & Steele 1986).
         """
-        n = self.inputs.v.shape[0]
+        n = self.v.shape[0]
         torch._check(n < 1 << passes)
-        written = self.inverse @ (self.inputs.beta * self.inputs.v)
+        written = self.inverse @ (self.beta * self.v)
         forgotten = self.inverse @ self.forget
         N = self.leave.shape[-1]
         kept = torch.eye(N, dtype=state.dtype, device=state.device)
@@ -89,7 +86,7 @@ class DeltaChunks:
         before = add[:n]
         return self.ask @ before + self.reads @ (written - forgotten @ before), add[n]
 
-    def gradients(self, before: Tensor, after: Tensor, dy: Tensor, dstate: Tensor) -> tuple[Inputs, Tensor]:
+    def gradients(self, before: Tensor, after: Tensor, dy: Tensor, dstate: Tensor) -> tuple[Given, Tensor]:
         """Gradients of the inputs, and of the state before the first chunk.
 
         Args:
@@ -98,7 +95,7 @@ class DeltaChunks:
             dy: of the outputs ``(n, M, T, P)``.
             dstate: of ``after``.
         """
-        q, k, v, beta, g, _ = self.inputs
+        q, k, v, beta, g = self.q, self.k, self.v, self.beta, self.g
         decay, total = self.decay, self.decay.total
         turned = self.inverse.mT
         dright, leaving, asked = turned @ (self.reads.mT @ dy), turned @ self.leave, self.ask.mT @ dy
@@ -118,14 +115,32 @@ class DeltaChunks:
         dq += scaled(dy @ before.mT, decay.into)
         de -= scaled(dv @ before.mT, decay.into)
         dk += scaled(writes @ dafter.mT, decay.out)
-        dg = None
+        found = {"q": dq, "k": dk, "beta": dbeta, "v": dv, "erase": de}
         if g is not None:
             dG = q * dq + self.erase * de - k * dk
             # The end of a chunk's decay scales all of the state after it.
             ends = torch.cat([before[1:], after[None]]) * dafter
             dG[..., -1, :] += ends.sum(-1)
             dG = dG if g.shape[-1] > 1 else dG.sum(-1, keepdim=True)
-            dg = dG.flip(-2).cumsum(-2).flip(-2)
-        if self.inputs.erase is None:
-            return Inputs(dq, dk.add_(de), dv, dbeta, dg, None), dstate
-        return Inputs(dq, dk, dv, dbeta, dg, de), dstate
+            found["g"] = dG.flip(-2).cumsum(-2).flip(-2)
+        if "erase" not in self.names:
+            dk += de
+        return tuple(found[name] for name in self.names), dstate
+
+
+class TwoKeys(DeltaChunks):
+    """With keys of their own at which is erased."""
+
+    names = ("q", "k", "beta", "erase", "v")
+
+
+class Decayed(DeltaChunks):
+    """With a decay."""
+
+    names = ("q", "k", "beta", "g", "v")
+
+
+class DecayedTwoKeys(DeltaChunks):
+    """With both."""
+
+    names = ("q", "k", "beta", "g", "erase", "v")

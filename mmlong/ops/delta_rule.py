@@ -13,7 +13,7 @@ step of gradient descent on ``|S^T k - v|^2 / 2``; with a decay a head Gated Del
 Several steps a token (DeltaProduct, Siems et al. 2025, arXiv 2502.10297) are the same op on a sequence that many times as long, which decays at the first of a token's steps and is read
 after the last (:func:`delta_product`). A transition ``D - a f^T`` with a separate write ``k v^T``, as RWKV-7's, is two steps: erase by ``(k, e) = (a, D^{-1} f)`` with a value of zero, then write with ``e = 0``.
 
-Fast form: chunks (:mod:`mmlong.ops.delta_chunks`), on a CPU in blocks with a backward written out (:mod:`mmlong.ops.delta_forms`).
+Fast form: chunks (:mod:`mmlong.ops.delta_chunks`), which follow one another as :mod:`mmlong.ops.chunk_forms` says.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmlong.layout import Layout
-from mmlong.ops.delta_forms import Given, blocked, plain, stretches
+from mmlong.ops.chunk_forms import Given, begins, documents_of, run_chunks
+from mmlong.ops.decayed_pairs import LEAST
+from mmlong.ops.delta_chunks import Decayed, DecayedTwoKeys, DeltaChunks, TwoKeys
 
 
 def delta_rule_reference(
@@ -74,7 +76,8 @@ def delta_rule(
         k: keys ``(B, L, H, N)``; the recurrence is bounded where ``|beta k.e| <= 2``, as for keys of length one.
         v: values ``(B, L, H, P)``.
         beta: rates ``(B, L, H)``.
-        g: log decay a head ``(B, L, H)`` or a key channel ``(B, L, H, N)``, <= 0 and finite, or ``None`` for no decay.
+        g: log decay a head ``(B, L, H)`` or a key channel ``(B, L, H, N)``, <= 0, or ``None`` for no decay;
+            anything below ``LEAST`` counts as that.
         erase: keys at which is erased ``(B, L, H, N)``, or ``None`` for ``k``.
         state: ``(B, H, N, P)``, or ``None`` from the beginning.
         layout: lengths and resets are honoured.
@@ -103,31 +106,34 @@ def delta_rule(
     if chunk is not None and (chunk < 1 or chunk & (chunk - 1)):
         raise ValueError(f"delta_rule: chunk must be a power of two, got {chunk}")
     dtype = torch.promote_types(v.dtype, torch.float32)
-    beta, g = beta.to(dtype), None if g is None else g.to(dtype)
+    beta = beta.to(dtype)[..., None]
     state = v.new_zeros(B, H, N, P, dtype=dtype) if state is None else state.to(dtype)
+    if g is not None:
+        g = g.to(dtype).clamp_min(LEAST)
+        g = g[..., None] if g.ndim == 3 else g
     valid = None if layout is None else layout.valid(L)
     if valid is not None:
         # A position that decays, erases and writes nothing hands the state on.
-        there, wide = valid[..., None], valid[..., None, None]
-        beta, q, k, v = torch.where(there, beta, 0), *(torch.where(wide, t, 0) for t in (q, k, v))
-        g = None if g is None else torch.where(there if g.ndim == 3 else wide, g, 0)
-        erase = None if erase is None else torch.where(wide, erase, 0)
-    documents = None
-    if layout is not None and layout.resets is not None:
-        # A document that would begin in the padding has not begun.
-        documents = (layout.resets if valid is None else layout.resets & valid).long().cumsum(1)
-    device, given, size = v.device.type, Given(q, k, v, beta, g, erase), chunk or default_chunk(N, P)
+        there = valid[..., None, None]
+        q, k, v, beta = (torch.where(there, t, 0) for t in (q, k, v, beta))
+        g, erase = (None if t is None else torch.where(there, t, 0) for t in (g, erase))
+    documents = documents_of(layout, L)
+    if documents is not None and g is not None:
+        # Nothing passes the decay of a document's first token.
+        g = g.masked_fill(begins(documents)[..., None, None], 0)
     if L == 1 and documents is None and not torch.is_grad_enabled():
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(v.device.type, enabled=False):
             return _one_token(q, k, v, beta, g, erase, state)
-    if torch.compiler.is_compiling() and (device == "cpu" or torch.compiler.is_exporting()):
-        with torch.autocast(device, enabled=False):
-            return plain(given, state, documents, size)
-    size = min(size, 1 << (L - 1).bit_length())  # a short row is one chunk
-    if device == "cpu":
-        return blocked(given, state, documents, size, keep)
-    with torch.autocast(device, enabled=False):
-        return stretches(given, state, documents, size)
+    size = chunk or default_chunk(N, P)
+    kind: type[DeltaChunks]
+    given: Given
+    if erase is None:
+        kind, given = (DeltaChunks, (q, k, beta, v)) if g is None else (Decayed, (q, k, beta, g, v))
+    elif g is None:
+        kind, given = TwoKeys, (q, k, beta, erase, v)
+    else:
+        kind, given = DecayedTwoKeys, (q, k, beta, g, erase, v)
+    return run_chunks(kind, given, state, documents, size, keep)
 
 
 def delta_product(
@@ -180,9 +186,9 @@ def _one_token(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, erase: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     dtype = state.dtype
-    state = state if g is None else state * g[:, 0].exp().view(*state.shape[:2], -1, 1)
+    state = state if g is None else state * g[:, 0].exp()[..., None]
     key, value = k[:, 0].to(dtype), v[:, 0].to(dtype)
     forget = key if erase is None else erase[:, 0].to(dtype)
-    write = beta[:, 0, :, None, None] * (value[:, :, None] - forget[:, :, None] @ state)
+    write = beta[:, 0, :, :, None] * (value[:, :, None] - forget[:, :, None] @ state)
     state = torch.addcmul(state, key[..., None], write)
     return (q[:, 0, :, None].to(dtype) @ state)[:, None, :, 0].to(v.dtype), state

@@ -34,10 +34,7 @@ from torch import Tensor
 
 from mmlong.layout import Layout
 from mmlong.ops.chunk_forms import Given, begins, documents_of, run_chunks
-from mmlong.ops.decayed_pairs import Documents, decay_of, scaled
-
-LEAST = -50.0
-"""Smallest log decay that is told from smaller ones: of what it leaves, 2e-22, no sum with what is written keeps a digit. A sum of them over a chunk stays exact to 4e-4."""
+from mmlong.ops.decayed_pairs import LEAST, Documents, decay_of, scaled
 
 
 def gated_linear_attention_reference(

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmlong.layout import Layout
-from mmlong.ops import delta_forms as module
+from mmlong.ops import chunk_forms as module
+from mmlong.ops.delta_chunks import Decayed, DecayedTwoKeys, DeltaChunks, TwoKeys
 from mmlong.ops.delta_rule import delta_product, delta_rule, delta_rule_reference
 
 Kind = str
 KINDS = ("none", "head", "channel")
-OVER_TIME = ("q", "k", "v", "beta", "g", "erase")
 
 
 def make(
@@ -63,9 +63,16 @@ def assert_same(
         torch.testing.assert_close(m, t, msg=lambda text, name=name: f"gradient of {name}: {text}", **tolerance)
 
 
+def parts(inputs: dict[str, Tensor]) -> tuple[Any, tuple[Tensor, ...]]:
+    """What happens in chunks, and the inputs as it takes them."""
+    kinds = (DeltaChunks, TwoKeys, Decayed, DecayedTwoKeys)
+    kind = next(k for k in kinds if set(k.names) == set(inputs) - {"state"})
+    given = [inputs[name] for name in kind.names]
+    return kind, tuple(t[..., None] if t.ndim == 3 else t for t in given)
+
+
 def plain(inputs: dict[str, Tensor], size: int, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    tensors = module.Given(*(inputs.get(name) for name in OVER_TIME))  # type: ignore[arg-type]
-    return module.plain(tensors, inputs["state"], documents, size)
+    return module.plain(*parts(inputs), inputs["state"], documents, size)
 
 
 SIZES = [(1, 257, 1, 5, 3), (3, 63, 2, 4, 6), (1, 16, 3, 3, 2), (3, 1, 1, 4, 4)]
@@ -81,7 +88,7 @@ def test_blocks_equal_recurrence(
     monkeypatch.setattr(module, "BLOCK_ELEMENTS", block)
     inputs = make(*sizes, kind=kind, erase=erase)
     got = delta_rule(**inputs, chunk=chunk)
-    assert "Delta" in got[0].grad_fn.name()
+    assert "Blocked" in got[0].grad_fn.name()
     assert_same(inputs, got, delta_rule_reference(**inputs))
 
 
@@ -108,8 +115,8 @@ def test_form_for_an_unknown_number_of_chunks(kind: Kind) -> None:
     inputs = make(2, 77, 2, 5, 3, kind=kind)
     documents = torch.zeros(2, 77, dtype=torch.long)
     documents[0, 30:], documents[1, 40:] = 1, 2
-    tensors = module.Given(*(inputs.get(name) for name in OVER_TIME))  # type: ignore[arg-type]
-    chunks = module.Block(slice(0, 2), 0, 77, 11, 8).chunks(tensors, documents, torch.float64)
+    kind, given_ = parts(inputs)
+    chunks = module.Block(slice(0, 2), 0, 77, 11, 8).chunks(kind, given_, documents, torch.float64)
     y, state = chunks.run_by_doubling(inputs["state"].flatten(0, 1), 4)
     want, _, last = chunks.run(inputs["state"].flatten(0, 1))
     assert_same(inputs, (y, state), (want, last))
@@ -121,8 +128,7 @@ def test_stretches(monkeypatch: pytest.MonkeyPatch, kind: Kind) -> None:
     inputs = make(2, 53, 2, 3, 2, kind=kind)
     resets = torch.zeros(2, 53, dtype=torch.bool)
     resets[0, [0, 16, 20]] = resets[1, [31]] = True
-    tensors = module.Given(*(inputs.get(name) for name in OVER_TIME))  # type: ignore[arg-type]
-    got = module.stretches(tensors, inputs["state"], resets.long().cumsum(1), 8)
+    got = module.stretches(*parts(inputs), inputs["state"], resets.long().cumsum(1), 8)
     assert_same(inputs, got, delta_rule_reference(**inputs, layout=Layout(resets=resets)))
 
 
