@@ -147,7 +147,7 @@ def scalar_decay_attention(
         # A position that decays nothing and writes nothing hands the state on.
         there = valid[..., None]
         g = torch.where(there, g, 0)
-        log_input = torch.where(there, g.new_zeros(()) if log_input is None else log_input, -math.inf)
+        log_input = torch.where(there, torch.zeros_like(g) if log_input is None else log_input, -math.inf)
         k, v = torch.where(there[..., None], k, 0), torch.where(there[..., None], v, 0)
     documents = None
     if layout is not None and layout.resets is not None:
