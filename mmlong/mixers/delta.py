@@ -17,7 +17,6 @@ Two options of all three: ``negative_eigenvalues`` (Grazzi et al. 2024, arXiv 24
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -25,24 +24,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmlong.layout import Layout
-from mmlong.mixers.contract import Mixer, register_mixer
-from mmlong.mixers.state import State
-from mmlong.ops.blockwise import blockwise
+from mmlong.mixers.cell import CellMixer, Tensors, heads_of, linear
+from mmlong.mixers.contract import register_mixer
 from mmlong.ops.delta_rule import delta_product, delta_rule
 from mmlong.ops.norm_then_gate import Gate, norm_then_gate
 from mmlong.ops.short_conv import short_conv
-
-BLOCK_ELEMENTS = 1 << 21
-"""Elements of projected tokens in a block, unless that were fewer than ``BLOCK_TOKENS``."""
-
-BLOCK_TOKENS = 2048
-"""Fewer tokens in a block would spend the time on calls."""
 
 UNIT_EPS = 1e-6
 """Added to the square of a length that is divided by."""
 
 
-class DeltaMixer(Mixer):
+class DeltaMixer(CellMixer):
     """What the three have in common; each adds its decay and its gate.
 
     Args:
@@ -79,98 +71,59 @@ class DeltaMixer(Mixer):
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__(dim, causal=causal)
-        name = type(self).__name__
         expand_k, expand_v = (w if e is None else e for e, w in zip((expand_k, expand_v), self.widths, strict=True))
-        keys, values = max(1, round(expand_k * dim)), max(1, round(expand_v * dim))
-        if heads is None:
-            heads = max(1, round(keys / 64))
-            while keys % heads or values % heads:
-                heads -= 1
-        if heads < 1 or keys % heads or values % heads:
-            raise ValueError(
-                f"{name}: keys of width {keys} (expand_k x dim) and values of width {values} (expand_v x dim) must divide "
-                f"into {heads} heads: choose heads, expand_k and expand_v accordingly"
-            )
+        self.keys, self.values = max(1, round(expand_k * dim)), max(1, round(expand_v * dim))
+        most = round(self.keys / 64)
+        self.heads = heads_of(type(self).__name__, heads, most, expand_k=self.keys, expand_v=self.values)
         if d_conv < 1 or steps < 1:
-            raise ValueError(f"{name}: d_conv {d_conv} and steps {steps} must be at least 1")
-        self.heads, self.keys, self.values, self.N, self.P = heads, keys, values, keys // heads, values // heads
+            raise ValueError(f"{type(self).__name__}: d_conv {d_conv} and steps {steps} must be at least 1")
+        self.N, self.P = self.keys // self.heads, self.values // self.heads
         self.d_conv, self.steps, self.chunk, self.norm_eps = d_conv, steps, chunk, norm_eps
         self.negative_eigenvalues = negative_eigenvalues
-        self.conv_dim = keys + steps * (keys + values)
-        self.qkv_weight = nn.Parameter(torch.empty(self.conv_dim, dim))
+        self.conv_dim = self.keys + steps * (self.keys + self.values)
+        self.width = self.conv_dim + self.values
+        self.qkv_proj = nn.Linear(dim, self.conv_dim, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(self.conv_dim, d_conv))
-        self.beta_weight = nn.Parameter(torch.empty(steps * heads, dim))
+        self.beta_proj = nn.Linear(dim, steps * self.heads, bias=False)
         self.norm_weight = nn.Parameter(torch.ones(self.P))
-        self.out_proj = nn.Linear(values, dim, bias=False)
-        self.add_parameters()
+        self.out_proj = nn.Linear(self.values, dim, bias=False)
+        self.add_decay_and_gate()
         self.reset_parameters()
 
-    def add_parameters(self) -> None:
-        """Parameters of the decay and the gate."""
+    def add_decay_and_gate(self) -> None:
+        """Make the parameters of both."""
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Projections and the convolution as torch's."""
-        for name, weight in self.named_parameters(recurse=False):
-            if name.endswith("_weight") and weight.ndim == 2:
-                bound = weight.shape[1] ** -0.5
-                nn.init.uniform_(weight, -bound, bound)
+        """The convolution as torch's; what else is not a projection, the subclasses'."""
+        bound = self.d_conv**-0.5
+        nn.init.uniform_(self.conv_weight, -bound, bound)
 
-    def log_decay(self, x: Tensor, w: dict[str, Tensor]) -> Tensor | None:
+    def log_decay(self, x: Tensor, w: Tensors) -> Tensor | None:
         """Log decay of tokens ``x (B, L, D)``, a head ``(B, L, H)`` or a key channel ``(B, L, H, N)``, or ``None``."""
         return None
 
-    def gates(self, x: Tensor, w: dict[str, Tensor]) -> Tensor | None:
+    def gates(self, x: Tensor, w: Tensors) -> Tensor | None:
         """Output gates before their activation ``(B, L, H P)``, or ``None``."""
         return None
 
-    def state_bytes(self, length: int) -> int:
-        return 4 * ((self.d_conv - 1) * self.conv_dim + self.heads * self.N * self.P)
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"conv": (self.d_conv - 1, self.conv_dim), "S": (self.heads, self.N, self.P)}
 
-    def mix(self, x: Tensor, state: State, layout: Layout | None) -> tuple[Tensor, State]:
-        B, L, _ = x.shape
-        if state is None:
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            tail = x.new_zeros(B, self.d_conv - 1, self.conv_dim, dtype=dtype)
-            S = x.new_zeros(B, self.heads, self.N, self.P, dtype=dtype)
-        else:
-            tail, S = state["conv"], state["S"]
-        weights = dict(self.named_parameters(recurse=False))
-        piece = partial(self._piece, tuple(weights))
-        tokens = max(BLOCK_TOKENS, BLOCK_ELEMENTS // (self.conv_dim + self.values))
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or tokens >= B * L:
-            y, (tail, S) = piece(x, (tail, S), tuple(weights.values()), layout)
-            y = self.out_proj(y)
-        else:
-            piece = partial(piece, keep=True)
-            y, (tail, S) = blockwise(piece, x, (tail, S), tuple(weights.values()), layout, tokens, self.out_proj.weight)
-        return y, {"conv": tail, "S": S}
-
-    def _piece(
-        self,
-        names: tuple[str, ...],
-        x: Tensor,
-        state: tuple[Tensor, ...],
-        weights: tuple[Tensor, ...],
-        layout: Layout | None,
-        keep: bool = False,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Everything before the output projection."""
-        w = dict(zip(names, weights, strict=True))
-        tail, S = state
+    def cell(self, x: Tensor, state: Tensors, w: Tensors, layout: Layout | None) -> tuple[Tensor, Tensors]:
         n, H = self.steps, self.heads
-        u, tail = short_conv(F.linear(x, w["qkv_weight"]), w["conv_weight"], None, tail, layout, "silu")
+        u, tail = short_conv(linear(x, w, "qkv_proj"), w["conv_weight"], None, state["conv"], layout, "silu")
         q, k, v = u.split([self.keys, n * self.keys, n * self.values], dim=-1)
         q = unit(q.unflatten(-1, (H, self.N))) * self.N**-0.5
         k, v = unit(k.unflatten(-1, (n, H, self.N))), v.unflatten(-1, (n, H, self.P))
-        beta = torch.sigmoid(F.linear(x, w["beta_weight"]).to(q.dtype)).unflatten(-1, (n, H))
+        beta = torch.sigmoid(linear(x, w, "beta_proj").to(q.dtype)).unflatten(-1, (n, H))
         beta = 2 * beta if self.negative_eigenvalues else beta
         g = self.log_decay(x, w)
         if n == 1:
             k, v, beta = k.squeeze(2), v.squeeze(2), beta.squeeze(2)
         op = delta_rule if n == 1 else delta_product
-        y, S = op(q, k, v, beta, g, None, S, layout, self.chunk, keep)
-        return norm_then_gate(y, self.gates(x, w), w["norm_weight"], self.gate, self.norm_eps), (tail, S)
+        y, S = op(q, k, v, beta, g, None, state["S"], layout, self.chunk, keep=True)
+        return norm_then_gate(y, self.gates(x, w), w["norm_weight"], self.gate, self.norm_eps), {"conv": tail, "S": S}
 
 
 def unit(t: Tensor) -> Tensor:
@@ -183,6 +136,12 @@ def initial_dt_bias(n: int) -> Tensor:
     """``softplus`` of these is log-uniform in [1e-3, 1e-1]."""
     dt = torch.exp(torch.empty(n).uniform_(math.log(1e-3), math.log(1e-1)))
     return dt + torch.log(-torch.expm1(-dt))
+
+
+def log_decay(raw: Tensor, dt_bias: Tensor, A_log: Tensor) -> Tensor:
+    """``-exp(A_log) softplus(raw + dt_bias)``, in at least float32."""
+    dtype = torch.promote_types(raw.dtype, torch.float32)
+    return F.softplus(raw.to(dtype) + dt_bias.to(dtype)) * -A_log.to(dtype).exp()
 
 
 _NOTE = "heads 64 wide by default; proved against "
@@ -219,26 +178,25 @@ class GatedDeltaNet(DeltaMixer):
     }
     widths = (0.75, 1.5)
 
-    def add_parameters(self) -> None:
-        self.decay_weight = nn.Parameter(torch.empty(self.heads, self.dim))
-        self.gate_weight = nn.Parameter(torch.empty(self.values, self.dim))
+    def add_decay_and_gate(self) -> None:
+        self.decay_proj = nn.Linear(self.dim, self.heads, bias=False)
+        self.gate_proj = nn.Linear(self.dim, self.values, bias=False)
         self.A_log = nn.Parameter(torch.empty(self.heads))
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
+        self.width += self.values
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The paper's initial values: A uniform in [0, 16] (kept from 0, which has no logarithm), dt log-uniform in [1e-3, 1e-1]; the rest as torch's."""
+        """The paper's initial values: A uniform in [0, 16] (kept from 0, which has no logarithm), dt log-uniform in [1e-3, 1e-1]."""
         super().reset_parameters()
         self.A_log.copy_(torch.empty(self.heads).uniform_(0.01, 16).log())
         self.dt_bias.copy_(initial_dt_bias(self.heads))
 
-    def log_decay(self, x: Tensor, w: dict[str, Tensor]) -> Tensor | None:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        raw = F.linear(x, w["decay_weight"]).to(dtype) + w["dt_bias"].to(dtype)
-        return F.softplus(raw) * -w["A_log"].to(dtype).exp()
+    def log_decay(self, x: Tensor, w: Tensors) -> Tensor | None:
+        return log_decay(linear(x, w, "decay_proj"), w["dt_bias"], w["A_log"])
 
-    def gates(self, x: Tensor, w: dict[str, Tensor]) -> Tensor | None:
-        return F.linear(x, w["gate_weight"])
+    def gates(self, x: Tensor, w: Tensors) -> Tensor | None:
+        return linear(x, w, "gate_proj")
 
 
 @register_mixer(
@@ -254,25 +212,27 @@ class KDA(DeltaMixer):
     gate = "sigmoid"
     optim_hints: ClassVar[dict[str, dict[str, float]]] = GatedDeltaNet.optim_hints
 
-    def add_parameters(self) -> None:
-        self.decay_down_weight = nn.Parameter(torch.empty(self.P, self.dim))
-        self.decay_up_weight = nn.Parameter(torch.empty(self.keys, self.P))
-        self.gate_down_weight = nn.Parameter(torch.empty(self.P, self.dim))
-        self.gate_up_weight = nn.Parameter(torch.empty(self.values, self.P))
+    def add_decay_and_gate(self) -> None:
+        self.decay_down = nn.Linear(self.dim, self.P, bias=False)
+        self.decay_up = nn.Linear(self.P, self.keys, bias=False)
+        self.gate_down = nn.Linear(self.dim, self.P, bias=False)
+        self.gate_up = nn.Linear(self.P, self.values, bias=False)
         self.A_log = nn.Parameter(torch.empty(self.heads))
         self.dt_bias = nn.Parameter(torch.empty(self.keys))
+        self.width += self.keys + self.values
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The released code's initial values: A uniform in [1, 16], dt log-uniform in [1e-3, 1e-1]; the rest as torch's."""
+        """The released code's initial values: A uniform in [1, 16], dt log-uniform in [1e-3, 1e-1]."""
         super().reset_parameters()
         self.A_log.copy_(torch.empty(self.heads).uniform_(1, 16).log())
         self.dt_bias.copy_(initial_dt_bias(self.keys))
 
-    def log_decay(self, x: Tensor, w: dict[str, Tensor]) -> Tensor | None:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        raw = F.linear(F.linear(x, w["decay_down_weight"]), w["decay_up_weight"]).to(dtype) + w["dt_bias"].to(dtype)
-        return F.softplus(raw).unflatten(-1, (self.heads, self.N)) * -w["A_log"].to(dtype).exp()[:, None]
+    def log_decay(self, x: Tensor, w: Tensors) -> Tensor | None:
+        raw = linear(linear(x, w, "decay_down"), w, "decay_up")
+        return log_decay(
+            raw.unflatten(-1, (self.heads, self.N)), w["dt_bias"].view(self.heads, self.N), w["A_log"][:, None]
+        )
 
-    def gates(self, x: Tensor, w: dict[str, Tensor]) -> Tensor | None:
-        return F.linear(F.linear(x, w["gate_down_weight"]), w["gate_up_weight"])
+    def gates(self, x: Tensor, w: Tensors) -> Tensor | None:
+        return linear(linear(x, w, "gate_down"), w, "gate_up")
