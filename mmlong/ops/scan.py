@@ -20,6 +20,8 @@ written out, so that only ``a`` and ``h`` are kept. Under a compiler it is a sca
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,6 +39,36 @@ SCAN_PASSES = 20
 
 SUM_TOKENS = 1024
 """Tokens that are multiplied before they are summed, where the gradient of a constant decay is a sum over all tokens."""
+
+
+@dataclass(frozen=True)
+class Algebra:
+    """What multiplication and addition mean in a walk.
+
+    Attributes:
+        step: ``(term, factor, state, out)`` to ``factor * state + term``, written into ``out`` unless that is ``None``.
+        chain: the product of two factors.
+        one, zero: the factor that changes nothing, and the state that adds nothing.
+    """
+
+    step: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    chain: Callable[[Tensor, Tensor], Tensor]
+    one: float
+    zero: float
+
+
+def _multiply_add(term: Tensor, factor: Tensor, state: Tensor, out: Tensor | None) -> Tensor:
+    return torch.addcmul(term, factor, state) if out is None else torch.addcmul(term, factor, state, out=out)
+
+
+def _add_maximum(term: Tensor, factor: Tensor, state: Tensor, out: Tensor | None) -> Tensor:
+    moved = factor + state
+    return torch.maximum(term, moved) if out is None else torch.maximum(term, moved, out=out)
+
+
+SUMS = Algebra(_multiply_add, torch.mul, 1.0, 0.0)
+MAXIMA = Algebra(_add_maximum, torch.add, 0.0, -1e30)
+"""``h_t = max(h_{t-1} + a_t, b_t)``; finite in place of minus infinity, of which differences are not numbers."""
 
 
 def scan_reference(
@@ -98,10 +130,26 @@ def scan(
         return _Scan.apply(a, b, h, chunk or CHUNK)
 
 
+def maxima(a: Tensor, b: Tensor, h: Tensor) -> Tensor:
+    """``h_t = max(h_{t-1} + a_t, b_t)`` at all tokens ``(B, L, D)``, by the same walk; without a gradient.
+
+    Args:
+        a: what a maximum loses or gains at each token ``(B, L, D)``.
+        b: what it is compared with ``(B, L, D)``.
+        h: the maximum before ``(B, D)``.
+    """
+    with torch.no_grad():
+        if torch.compiler.is_compiling():
+            return _doubling_form(a, b, h, CHUNK, MAXIMA)[0]
+        out = torch.empty_like(b, memory_format=torch.contiguous_format)
+        _walk(a, b, h, out, CHUNK, algebra=MAXIMA)
+        return out
+
+
 # Chunks side by side
 
 
-def _walk(a: Tensor, b: Tensor, h: Tensor, out: Tensor, T: int, back: bool = False) -> Tensor:
+def _walk(a: Tensor, b: Tensor, h: Tensor, out: Tensor, T: int, back: bool = False, algebra: Algebra = SUMS) -> Tensor:
     """Write all states to ``out (B, L, D)``, from the beginning on or from the end back; the last one written.
 
     Whole chunks go together; what is left over at the end is a chunk of its own.
@@ -111,29 +159,29 @@ def _walk(a: Tensor, b: Tensor, h: Tensor, out: Tensor, T: int, back: bool = Fal
     parts = [(0, even, T), (even, L, L - even)]
     for i, j, size in reversed(parts) if back else parts:
         if i < j:
-            h = _walk_chunks(a if a.ndim == 1 else a[:, i:j], b[:, i:j], h, out[:, i:j], size, back)
+            h = _walk_chunks(a if a.ndim == 1 else a[:, i:j], b[:, i:j], h, out[:, i:j], size, back, algebra)
     return h
 
 
-def _walk_chunks(a: Tensor, b: Tensor, h: Tensor, out: Tensor, T: int, back: bool) -> Tensor:
+def _walk_chunks(a: Tensor, b: Tensor, h: Tensor, out: Tensor, T: int, back: bool, algebra: Algebra) -> Tensor:
     n = b.shape[1] // T
     decays, added, places = ([a] * T if t.ndim == 1 else list(t.unflatten(1, (n, T)).unbind(2)) for t in (a, b, out))
     if back:
         decays, added, places = decays[::-1], added[::-1], places[::-1]
     entering = h[:, None]
     if n > 1:
-        left, product = added[0].clone(), decays[0].clone()
+        left, product = added[0].clone(), decays[0]
         for factor, term in zip(decays[1:], added[1:], strict=True):
-            torch.addcmul(term, factor, left, out=left)
-            product.mul_(factor)
+            algebra.step(term, factor, left, left)
+            product = algebra.chain(product, factor)
         product = product.expand_as(left)
         entering = torch.empty_like(left)
         for c in reversed(range(n)) if back else range(n):
             entering[:, c] = h
-            h = torch.addcmul(left[:, c], product[:, c], h)
+            h = algebra.step(left[:, c], product[:, c], h, None)
     state = entering
     for factor, term, place in zip(decays, added, places, strict=True):
-        state = torch.addcmul(term, factor, state, out=place)
+        state = algebra.step(term, factor, state, place)
     return state[:, 0 if back else -1]
 
 
@@ -174,7 +222,7 @@ class _Scan(torch.autograd.Function):
 # Doubling steps
 
 
-def _doubling_form(a: Tensor, b: Tensor, h: Tensor, T: int) -> tuple[Tensor, Tensor]:
+def _doubling_form(a: Tensor, b: Tensor, h: Tensor, T: int, algebra: Algebra = SUMS) -> tuple[Tensor, Tensor]:
     """Inside all chunks, then between them, in operations that autograd and compilers understand."""
     B, L, D = b.shape
     n = (L + T - 1) // T
@@ -183,15 +231,15 @@ def _doubling_form(a: Tensor, b: Tensor, h: Tensor, T: int) -> tuple[Tensor, Ten
     short = n * T - L
     added = F.pad(b, (0, 0, 0, short)).reshape(B, n, T, D)
     decays = F.pad(a.expand(B, L, D), (0, 0, 0, short)).reshape(B, n, T, D)
-    decays, local = _double(decays, added, 2)
+    decays, local = _double(decays, added, 2, algebra)
     ends = torch.cat([h[:, None], local[:, :, -1]], 1)
-    _, states = _double(F.pad(decays[:, :, -1], (0, 0, 1, 0)), ends, 1)
-    out = local + decays * states[:, :n, None]
+    _, states = _double(F.pad(decays[:, :, -1], (0, 0, 1, 0)), ends, 1, algebra)
+    out = algebra.step(local, decays, states[:, :n, None], None)
     out = out.reshape(B, n * T, D)[:, :L]
     return out, out[:, -1].clone()
 
 
-def _double(a: Tensor, b: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+def _double(a: Tensor, b: Tensor, axis: int, algebra: Algebra) -> tuple[Tensor, Tensor]:
     """Products of ``a`` and states from nothing at every place of an axis: after ``k`` steps they reach over ``2^k`` places."""
     size = b.shape[axis]
     passes = (size - 1).bit_length() if isinstance(size, int) else SCAN_PASSES
@@ -199,6 +247,6 @@ def _double(a: Tensor, b: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     place = torch.arange(size, device=b.device).view(-1, *[1] * (b.ndim - 1 - axis))
     for step in (1 << k for k in range(passes)):
         within = place >= step
-        b = b + a * torch.where(within, b.roll(step, axis), 0)
-        a = a * torch.where(within, a.roll(step, axis), 1)
+        b = algebra.step(b, a, torch.where(within, b.roll(step, axis), algebra.zero), None)
+        a = algebra.chain(a, torch.where(within, a.roll(step, axis), algebra.one))
     return a, b
