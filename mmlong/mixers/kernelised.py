@@ -96,7 +96,8 @@ class _Kernelised(CellMixer):
         if layout is not None and layout.resets is not None:
             k, size = self.keys(x, w)
             if size is not None:
-                k = k * (size - self._largest(size, layout)).exp()[..., None]
+                # At padding a size may be above all others.
+                k = k * (size - self._largest(size, layout)).clamp_max(0).exp()[..., None]
             y = kernel_attention_two_sided(self.queries(x, w), k, self.values(x, w), layout, self.eps)
             return self.out_proj(y.flatten(2)), None
         L = x.shape[1]
