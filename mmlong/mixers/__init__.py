@@ -22,6 +22,7 @@ from mmlong.mixers.local import Local
 from mmlong.mixers.lru import LRU, S5
 from mmlong.mixers.mamba2 import Mamba2
 from mmlong.mixers.masked_conv import MaskedConv2d
+from mmlong.mixers.rwkv7 import RWKV7
 from mmlong.mixers.s4d import S4D
 from mmlong.mixers.state import (
     State,
@@ -39,6 +40,7 @@ __all__ = [
     "LRU",
     "MIXERS",
     "RGLRU",
+    "RWKV7",
     "S4D",
     "S5",
     "Attention",

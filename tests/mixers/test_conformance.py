@@ -35,10 +35,15 @@ BLOCKS = {
     "mmlong.mixers.blocks.BLOCK_TOKENS": 100,
     "mmlong.ops.blockwise.STRETCH": 50,
 }
+CHUNKED = {"mmlong.ops.chunk_forms.BLOCK_ELEMENTS": 1 << 11, **BLOCKS}
 SCANNED = {"mmlong.ops.scan.CHUNK": 8, **BLOCKS}
 
 NEARER: dict[str, Nearer] = {
     "attention": Nearer({"heads": 4, "kv_heads": 2}, TILES),
+    "deltanet": Nearer({"heads": 2, "chunk": 16, "steps": 2, "negative_eigenvalues": True}, CHUNKED),
+    "gated_deltanet": Nearer({"heads": 2, "chunk": 16}, CHUNKED),
+    "kda": Nearer({"heads": 2, "chunk": 16}, CHUNKED),
+    "rwkv7": Nearer({"heads": 2, "chunk": 16, "decay_rank": 4}, CHUNKED),
     "hyena": Nearer({"max_length": 100, "order": 3}, {"mmlong.ops.long_conv.BLOCK_ELEMENTS": 1 << 12}),
     "local": Nearer({"window": 10, "heads": 4, "kv_heads": 2}, {"mmlong.ops.local_attention.MIN_BLOCK": 4, **TILES}),
     "mamba2": Nearer(
