@@ -49,7 +49,8 @@ class CellMixer(Mixer):
         return {name: x.new_zeros(x.shape[0], *shape, dtype=dtype) for name, shape in self.state_shapes().items()}
 
     def state_bytes(self, length: int) -> int:
-        return 4 * sum(math.prod(shape) for shape in self.state_shapes().values())
+        shapes = self.state_shapes().values() if self.streaming else ()
+        return 4 * sum(math.prod(shape) for shape in shapes)
 
     def mix(self, x: Tensor, state: State, layout: Layout | None) -> tuple[Tensor, State]:
         before = self.initial_state(x) if state is None else state

@@ -83,7 +83,7 @@ class _Kernelised(CellMixer):
         after: Tensors = {}
         if size is not None:
             scale, g, size = log_scale(size, None, state["log_scale"], layout)
-            after["log_scale"] = scale[:, -1]
+            after["log_scale"] = scale[:, -1].clone()  # not a view of all the others
         y, after["S"] = kernel_attention(
             self.queries(x, w), k, self.values(x, w), g, size, state["S"], layout, self.eps, self.chunk, keep=True
         )
@@ -240,7 +240,7 @@ class Based(_Kernelised):
         causal: see only the past, or both sides.
         heads: ``None`` for about 64 channels a head.
         feature_dim: channels d of a head's queries and keys; there are ``1 + d + d (d + 1) / 2`` features.
-        chunk: tokens a chunk of the recurrence's fast form; ``None`` chooses by the sizes.
+        chunk: tokens a chunk of the recurrence's fast form.
 
     Raises:
         ValueError: a width that does not divide into the heads, or no features.
@@ -253,7 +253,7 @@ class Based(_Kernelised):
         causal: bool = True,
         heads: int | None = None,
         feature_dim: int = 16,
-        chunk: int | None = None,
+        chunk: int = 128,
     ) -> None:
         if feature_dim < 1:
             raise ValueError(f"based: feature_dim must be at least 1, got {feature_dim}")

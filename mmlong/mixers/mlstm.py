@@ -102,4 +102,4 @@ class MLSTM(CellMixer):
         weight = torch.maximum(sums[..., -1:].abs(), (-scale).exp()[..., None])
         h = F.layer_norm(sums[..., :-1] / (weight + EPS), (self.P,), eps=self.norm_eps).flatten(2)
         y = h * w["norm_weight"].to(dtype) * torch.sigmoid(linear(x, w, "output_gate"))
-        return y.to(q.dtype), {"S": S, "log_scale": scale[:, -1]}
+        return y.to(q.dtype), {"S": S, "log_scale": scale[:, -1].clone()}
