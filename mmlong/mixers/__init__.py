@@ -16,12 +16,22 @@ from mmlong.mixers.contract import (
     require_streaming,
 )
 from mmlong.mixers.delta import KDA, DeltaNet, GatedDeltaNet
+from mmlong.mixers.gated import GLA, HGRN2
 from mmlong.mixers.gated_recurrence import RGLRU, MinGRU, MinLSTM
 from mmlong.mixers.hyena import Hyena
+from mmlong.mixers.kernelised import Based, LinearTransformer, Performer
 from mmlong.mixers.local import Local
 from mmlong.mixers.lru import LRU, S5
+from mmlong.mixers.mamba import Mamba
 from mmlong.mixers.mamba2 import Mamba2
 from mmlong.mixers.masked_conv import MaskedConv2d
+from mmlong.mixers.mega import Mega
+from mmlong.mixers.mlstm import MLSTM
+from mmlong.mixers.retention import Lightning, RetNet
+from mmlong.mixers.rfa import RFA
+from mmlong.mixers.rnn import GRU, LSTM
+from mmlong.mixers.rwkv4 import RWKV4, AFTSimple
+from mmlong.mixers.rwkv6 import RWKV6
 from mmlong.mixers.rwkv7 import RWKV7
 from mmlong.mixers.s4d import S4D
 from mmlong.mixers.state import (
@@ -36,23 +46,39 @@ from mmlong.mixers.state import (
 )
 
 __all__ = [
+    "GLA",
+    "GRU",
+    "HGRN2",
     "KDA",
     "LRU",
+    "LSTM",
     "MIXERS",
+    "MLSTM",
+    "RFA",
     "RGLRU",
+    "RWKV4",
+    "RWKV6",
     "RWKV7",
     "S4D",
     "S5",
+    "AFTSimple",
     "Attention",
+    "Based",
     "DeltaNet",
     "GatedDeltaNet",
     "Hyena",
+    "Lightning",
+    "LinearTransformer",
     "Local",
+    "Mamba",
     "Mamba2",
     "MaskedConv2d",
+    "Mega",
     "MinGRU",
     "MinLSTM",
     "Mixer",
+    "Performer",
+    "RetNet",
     "State",
     "Traits",
     "create_mixer",
