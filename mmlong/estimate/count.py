@@ -28,8 +28,8 @@ DIRECT = 1 << 15
 """Tokens of a row up to which a step is followed at its own length."""
 UNIT = 1 << 13
 """Tokens between the lengths that are followed: a multiple of every chunk and block, and long enough that rows are worked on one by one as they are at any greater length."""
-FIRST_SEGMENTS = 2
-"""From so many segments on, every one more adds the same: the first has no state before it, and the last finds no gradients to add to."""
+FIRST_SEGMENTS = 4
+"""From so many segments on, every one more adds the same: the first has no state before it, the last finds no gradients to add to, and the moment of most memory lies beyond both."""
 
 _TERMS: dict[str, Callable[[float], float]] = {
     "n": lambda x: x,

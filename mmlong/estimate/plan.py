@@ -137,15 +137,18 @@ def estimate(step: TrainingStep, make: MakeBatch, shape: Shape) -> Estimate:
         # Followed with every state kept, whose memory is carried on exactly; what is kept instead is put in below.
         keep, task.keep = task.keep, 1
     known: dict[int, Counts] = {}
+    # Rows go one after another through the ranks of a sequence.
+    rows = 1 if strategy == "sequence_parallel" else shape.batch
 
     def at(tokens: int | None) -> Counts:
-        return counts_at(step, make, shape.batch, tokens, segment, known)
+        return counts_at(step, make, rows, tokens, segment, known)
 
     with Hollow(step.weights):
-        step.settle(make(shape.batch, None if length is None else min(length, 64)))
+        step.settle(make(rows, None if length is None else min(length, 64)))
         counts = dict(at(None if length is None else piece))
         if piece < whole and grows(model):
             counts = _last_piece(counts, at(whole), at(whole - piece))
+    counts = {key: value if key in ("kept", "peak") else value * (shape.batch / rows) for key, value in counts.items()}
     recomputed = 0.0
     offset = whole - piece
     between = 0
@@ -158,8 +161,8 @@ def estimate(step: TrainingStep, make: MakeBatch, shape: Shape) -> Estimate:
         held = _held(n, every)
         between = _states(model, shape.batch, offset, segment, held)
         # The random generator's states are no work of operators, so they were not followed.
-        generators = RNG(torch.device("cpu")).cpu.nbytes * len(held)
-        counts["peak"] += between - _states(model, shape.batch, 0, segment, _held(n, 1)) + generators
+        generators = RNG(torch.device("cpu")).cpu.nbytes * len(held) * (shape.batch // rows)
+        counts["peak"] += between - _states(model, rows, 0, segment, _held(n, 1)) + generators
         between += generators
     trained = step.trained
     sizes = {
@@ -188,7 +191,7 @@ def estimate(step: TrainingStep, make: MakeBatch, shape: Shape) -> Estimate:
     }
     memory["on the way"] = max(peak - sum(memory.values()), 0)
     memory["peak"] = peak
-    rows = shape.batch * (1 if strategy in (None, "sequence_parallel") else ranks)
+    whole_rows = shape.batch * (1 if strategy in (None, "sequence_parallel") else ranks)
     sent = (
         traffic(strategy, ranks, tensor_bytes(list(model.parameters())), sizes["gradients"], states, step.accumulate)
         if strategy
@@ -197,7 +200,7 @@ def estimate(step: TrainingStep, make: MakeBatch, shape: Shape) -> Estimate:
     return Estimate(
         parameters=(sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trained)),
         strategy=strategy,
-        tokens=rows * whole * step.accumulate,
+        tokens=whole_rows * whole * step.accumulate,
         counts=counts,
         recomputed=recomputed,
         memory=memory,

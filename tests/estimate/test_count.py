@@ -12,6 +12,7 @@ from mmlong.estimate.hollow import Hollow
 from mmlong.estimate.plan import Shape, estimate
 from mmlong.estimate.step import TrainingStep, synthetic_batch
 from mmlong.estimate.traffic import all_reduce, bubble, share_out, traffic
+from mmlong.mixers import Mixer
 from mmlong.models import Model
 from mmlong.tasks import AutoregressTask, ClassifyTask
 from mmlong.training.optim import OptimConfig
@@ -38,7 +39,7 @@ def direct(step: TrainingStep, length: int, rows: int = 1) -> Counts:
 
 @pytest.mark.parametrize(("mixer", "keep"), [("mamba2", 1), ("attention", 1), ("mamba2", 3), ("s4d", "sqrt")])
 def test_segments_are_carried_on(mixer: str, keep: int) -> None:
-    """Nine segments and a bit from two, three (and four)."""
+    """Nine segments and a bit from four, five (and six)."""
     length, segment = 9 * 16 + 5, 16
     carried = found(step_of(mixer, segment=segment, keep=keep), length, rows=3)
     there = direct(step_of(mixer, segment=segment, keep=keep), length, rows=3)
@@ -46,6 +47,26 @@ def test_segments_are_carried_on(mixer: str, keep: int) -> None:
     fixed = sum(carried.memory[k] for k in ("parameters and buffers", "optimiser state", "averaged weights", "batch"))
     assert carried.memory["peak"] - fixed == pytest.approx(there["peak"], rel=0.1)
     assert carried.counts["kernels"] == pytest.approx(there["kernels"], rel=0.02 if keep == 1 else 0.1)
+
+
+@pytest.mark.parametrize("mixer", ["mamba2", "local"])
+def test_memory_of_many_segments_is_that_of_their_states(mixer: str) -> None:
+    """Beyond the first few, a segment leaves its tokens and a state, and nothing else."""
+    step = step_of(mixer, segment=16)
+    few, many = found(step, 10 * 16), found(step, 1000 * 16)
+    (mixers,) = {m.state_bytes(16 * 500) for m in step.model.modules() if isinstance(m, Mixer)}
+    more = (many.memory["peak"] - few.memory["peak"]) / 990
+    assert 2 * mixers < more < 2 * mixers + 7000  # the generator's state is 5,056 bytes
+    assert many.memory["peak"] == pytest.approx(
+        direct(step_of(mixer, segment=16), 40 * 16)["peak"] + 960 * more, rel=0.1
+    )
+
+
+def test_rows_of_one_sequence_go_one_after_another() -> None:
+    one, eight = (found(step_of(segment=16), 40 * 16, rows=n, ranks=2, strategy="sequence_parallel") for n in (1, 8))
+    assert eight.flops == pytest.approx(8 * one.flops)
+    assert eight.memory["states between segments"] == pytest.approx(8 * one.memory["states between segments"])
+    assert eight.memory["on the way"] == pytest.approx(one.memory["on the way"], rel=0.02)
 
 
 def test_whole_rows_are_carried_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,8 +100,9 @@ def test_terms_follow_the_declared_costs() -> None:
 def test_sampled_lengths_leave_the_same_remainder() -> None:
     assert sampled_lengths(1000, None, 2) == [1000]
     assert all(x % count.UNIT == 10**9 % count.UNIT for x in sampled_lengths(10**9, None, 3))
-    assert sampled_lengths(100, 16, 2) == [36, 52]
-    assert sampled_lengths(40, 16, 2) == [40]
+    first = count.FIRST_SEGMENTS * 16
+    assert sampled_lengths(1000 * 16 + 4, 16, 2) == [first + 4, first + 20]
+    assert sampled_lengths(first + 20, 16, 2) == [first + 20]
 
 
 def test_carrying_on_is_exact_for_its_terms() -> None:
