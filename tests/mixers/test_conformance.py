@@ -35,8 +35,10 @@ BLOCKS = {
     "mmlong.mixers.blocks.BLOCK_TOKENS": 100,
     "mmlong.ops.blockwise.STRETCH": 50,
 }
-CHUNKED = {"mmlong.ops.chunk_forms.BLOCK_ELEMENTS": 1 << 11, **BLOCKS}
 SCANNED = {"mmlong.ops.scan.CHUNK": 8, **BLOCKS}
+CHUNKED = {"mmlong.ops.chunk_forms.BLOCK_ELEMENTS": 1 << 11, **BLOCKS}
+SCALAR = {"mmlong.ops.linear_attention.BLOCK_ELEMENTS": 1 << 13, **BLOCKS}
+TWO_SIDED = {"mmlong.mixers.kernelised.TWO_SIDED_TOKENS": 50, **SCALAR}
 
 NEARER: dict[str, Nearer] = {
     "attention": Nearer({"heads": 4, "kv_heads": 2}, TILES),
@@ -44,8 +46,12 @@ NEARER: dict[str, Nearer] = {
     "gated_deltanet": Nearer({"heads": 2, "chunk": 16}, CHUNKED),
     "kda": Nearer({"heads": 2, "chunk": 16}, CHUNKED),
     "rwkv7": Nearer({"heads": 2, "chunk": 16, "decay_rank": 4}, CHUNKED),
+    "gla": Nearer({"heads": 2, "chunk": 8}, CHUNKED),
+    "hgrn2": Nearer({"heads": 2, "chunk": 8, "lower_bound": 0.2}, CHUNKED),
     "hyena": Nearer({"max_length": 100, "order": 3}, {"mmlong.ops.long_conv.BLOCK_ELEMENTS": 1 << 12}),
+    "lightning": Nearer({"heads": 2, "chunk": 8, "depth": 0.5}, SCALAR),
     "local": Nearer({"window": 10, "heads": 4, "kv_heads": 2}, {"mmlong.ops.local_attention.MIN_BLOCK": 4, **TILES}),
+    "mamba": Nearer({"d_state": 4}, {"mmlong.ops.selective_scan.BLOCK_ELEMENTS": 1 << 11}),
     "mamba2": Nearer(
         {"headdim": 8, "ngroups": 2, "chunk": 16},
         {
@@ -55,9 +61,16 @@ NEARER: dict[str, Nearer] = {
         },
     ),
     "lru": Nearer({"d_state": 5}, SCANNED),
+    "mega": Nearer({"chunk": 16, "ema_dim": 3}, TILES),
     "min_gru": Nearer({}, SCANNED),
     "min_lstm": Nearer({"candidate": "positive", "expand": 1.5}, SCANNED),
+    "mlstm": Nearer({"heads": 2, "chunk": 8}, SCALAR),
+    "performer": Nearer({"heads": 2, "chunk": 8}, TWO_SIDED),
+    "retnet": Nearer({"heads": 2, "chunk": 8}, SCALAR),
+    "rfa": Nearer({"heads": 2, "chunk": 8}, SCALAR),
+    "rwkv6": Nearer({"heads": 2, "chunk": 8}, CHUNKED),
     "rg_lru": Nearer({"blocks": 2}, SCANNED),
+    "rwkv4": Nearer({"place": 0.2}, SCANNED),
     "s5": Nearer({"d_state": 12, "blocks": 3}, SCANNED),
     "s4d": Nearer({"chunk": 8, "d_state": 6, "init": "legs"}),
 }
