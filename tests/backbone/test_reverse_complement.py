@@ -63,6 +63,9 @@ def test_every_mixer_is_equivariant(name: str, direction: str, kind: str) -> Non
     torch.manual_seed(0)
     length, layout = 21, layouts(21)[kind]
     module = create_directed(name, 8, direction, index=1)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.1 * torch.randn_like(p))  # some mechanisms begin with an output of zero
     wrapped = ReverseComplement(module).to(F64).eval()
     x = torch.randn(3, length, 16, dtype=F64)
     rows = rows_of(layout, 3, length)

@@ -72,7 +72,7 @@ def test_a_wrong_command_is_answered_in_a_line(
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("--model.backbone.mixers=[s5d]", "unknown mixer 's5d' (did you mean 's4d'?)"),
+        ("--model.backbone.mixers=[hiena]", "unknown mixer 'hiena' (did you mean 'hyena'?)"),
         ("--model.head.name=clasify", "unknown head 'clasify' (did you mean 'classify'?)"),
         ("--data.label=kind", "label"),
         ("--data.dataset=nowhere", "is not a packed dataset"),
