@@ -66,7 +66,9 @@ class _TorchRNN(Mixer):
         starts[:, 0] = valid[:, 0]
         tokens = valid.flatten().nonzero()[:, 0]
         if not len(tokens):
-            return torch.zeros_like(x), past
+            # Tokens and parameters stay in the graph: ranks must agree on what has a gradient.
+            nothing = torch.stack([p.sum() for p in self.rnn.parameters()]).sum() * 0
+            return x.masked_fill(torch.ones_like(valid)[..., None], 0) + nothing, past
         rows, places = tokens // L, tokens % L
         document = starts.flatten()[tokens].long().cumsum(0) - 1
         begin = starts.flatten().nonzero()[:, 0]
