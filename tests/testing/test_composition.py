@@ -1,4 +1,4 @@
-"""The contract composes: a backbone of every streaming mixer keeps it too, in each direction."""
+"""The contract composes: a backbone of any streaming mixers keeps it too, in each direction."""
 
 from __future__ import annotations
 
@@ -17,10 +17,25 @@ ONE_WAY = Traits(paper="none")
 TWO_WAY = Traits(paper="none", causal=False, bidirectional=True, streaming=False, state="none")
 
 
+KINDS = ["attention", "hyena", "local", "mamba2", "masked_conv2d", "s4d"]
+"""One of each kind of state."""
+
+
+def groups() -> list[list[str]]:
+    """All streaming mixers, three at a time: gradients are checked parameter by parameter, each by running the whole stack."""
+    rest = [name for name in list_mixers(streaming=True) if name not in KINDS]
+    return [rest[i : i + 3] for i in range(0, len(rest), 3)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("direction", "traits"), [("causal", ONE_WAY), ("both", TWO_WAY), ("alternate", TWO_WAY)])
-def test_a_backbone_keeps_the_contract(direction: str, traits: Traits) -> None:
-    mixers = list_mixers(streaming=True)
+@pytest.mark.parametrize(
+    ("direction", "mixers"),
+    # Directions wrap any causal mixer alike.
+    [("both", KINDS), ("alternate", KINDS), *(("causal", some) for some in (KINDS, *groups()))],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_a_backbone_keeps_the_contract(direction: str, mixers: list[str]) -> None:
+    traits = ONE_WAY if direction == "causal" else TWO_WAY
     traits = dataclasses.replace(traits, grid=any(MIXERS[name].traits.grid for name in mixers))
 
     def backbone(dim: int) -> nn.Module:
