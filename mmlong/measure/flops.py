@@ -39,14 +39,24 @@ def _fft(x: Tensor, dim: Any, *args: Any, out_val: Any = None, **kwargs: Any) ->
     return round((5 if both else 2.5) * sides.numel() * math.log2(max(points, 1)))
 
 
+def _lstm(x: Tensor, into: Tensor, back: Tensor, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    return 2 * (x.numel() // x.shape[-1]) * (into.numel() + back.numel())
+
+
+def _lstm_backward(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    return 2 * _lstm(*args)
+
+
 _RAW: dict[Any, Callable[..., int]] = {
+    _aten.mkldnn_rnn_layer: _lstm,
+    _aten.mkldnn_rnn_layer_backward: _lstm_backward,
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     _aten._fft_r2c: _fft,
     _aten._fft_c2r: _fft,
     _aten._fft_c2c: _fft,
 }
-"""Formulas for what torch's counter does not know: it knows the GPU kernels of attention only."""
+"""Formulas for what torch's counter does not know: CPU kernels of attention and of a layer of LSTM, and FFTs."""
 
 
 def operator_flops(func: Any, args: Any, kwargs: Any, out: Any) -> int | None:

@@ -108,8 +108,8 @@ def test_errors_say_what_to_do() -> None:
         build(dim=[16, 32])
     with pytest.raises(ValueError, match="use direction alternate or both with pool"):
         build(dim=[16, 32], depth=[1, 1], pool=[4])
-    with pytest.raises(KeyError, match="did you mean 'mamba2'"):
-        build(mixers=["mamba"])
+    with pytest.raises(KeyError, match="did you mean 'hyena'"):
+        build(mixers=["hiena"])
     with pytest.raises(ValueError, match="unknown direction"):
         build(direction="sideways")
     with pytest.raises(ValueError, match="mixers is empty"):

@@ -139,7 +139,7 @@ def test_wrong_commands(jobs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "r.json").write_text("{}")
     for wrong, message in (
-        ("mixers mamba3", "no mixer 'mamba3' .did you mean 'mamba2'"),
+        ("mixers hiena", "no mixer 'hiena' .did you mean 'hyena'"),
         ("mixers mamba2 --against longfomer", "no peer 'longfomer' .did you mean 'longformer'"),
         ("mixers mamba2 --against longformer", "peer longformer stands against local, which is not measured"),
         ("mixers hyena --against all", "no peer stands against hyena"),

@@ -49,3 +49,13 @@ def test_projections_of_mamba2() -> None:
         mixer(torch.randn(2, 48, 16))
     weights = [m.weight for m in mixer.modules() if isinstance(m, nn.Linear)]
     assert counter.total > sum(2 * 2 * 48 * w.numel() for w in weights) > 0
+
+
+def test_lstm_on_a_cpu() -> None:
+    """Its own kernel counts as the products it is made of."""
+    lstm = torch.nn.LSTM(8, 16, batch_first=True)
+    x = torch.randn(3, 5, 8, requires_grad=True)
+    products = 2 * 15 * 4 * 16 * (8 + 16)
+    with torch.no_grad():
+        assert count_flops(lambda: lstm(x)) == products
+    assert count_flops(lambda: lstm(x)[0].sum().backward()) == 3 * products
