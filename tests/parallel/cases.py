@@ -90,7 +90,7 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
-def spawn(script: Path, function: Callable[..., None], world: int, folder: Path, seconds: float = 400) -> None:
+def spawn(script: Path, function: Callable[..., None], world: int, folder: Path, seconds: float = 1500) -> None:
     """Run ``function(rank, world, folder)`` of a file in ``world`` processes, forked from one that has imported everything and computed nothing."""
     code = (
         f"import sys; from pathlib import Path; sys.path[:0] = {[str(script.parent)]!r}; import {script.stem} as here; "
