@@ -17,7 +17,7 @@ sizes of ``train`` is asked at those of ``tests``, among them longer ones than w
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -45,6 +45,7 @@ class Probe:
         from_last: how many answers are decoded from the last position alone; 0: each position answers for itself.
         rows: sequences of a batch.
         steps: of training.
+        lr: its peak learning rate.
     """
 
     about: str
@@ -56,7 +57,7 @@ class Probe:
     from_last: int = 0
     rows: int = 32
     steps: int = 1000
-    lr: float = field(default=3e-3)
+    lr: float = 3e-3
 
 
 PROBES: Registry[Probe] = Registry("probe")

@@ -65,7 +65,7 @@ class _MinimalCell(Mixer):
 
     def decay_and_input(self, *gates: Tensor) -> tuple[Tensor, Tensor]:
         """What the state is multiplied by, and the share of the candidate that is added, from the gates before their sigmoids."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not define decay_and_input(*gates)")
 
     def mix(self, x: Tensor, state: State, layout: Layout | None) -> tuple[Tensor, State]:
         dtype = torch.promote_types(x.dtype, torch.float32)

@@ -61,11 +61,11 @@ class _OneSystem(Mixer):
 
     def discretise(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """``lambda`` complex ``(N,)``, the matrix in complex ``(N, D)``, the matrices out ``(1 or 2, D, N, 2)``; ``dtype`` is real."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not define discretise(dtype)")
 
     def finish(self, y: Tensor) -> Tensor:
         """The gate after the system."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not define finish(y)")
 
     def mix(self, x: Tensor, state: State, layout: Layout | None) -> tuple[Tensor, State]:
         lam, b, c = self.discretise(torch.promote_types(x.dtype, torch.float32))

@@ -18,14 +18,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmlong.layout import Layout
 from mmlong.ops.tiled_attention import Pairs, attend, attend_backward, merge
 from mmlong.parallel.links import Links
 
 
-def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, links: Links, begins: Tensor, layout: Layout | None = None
-) -> Tensor:
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, links: Links, begins: Tensor) -> Tensor:
     """Causal attention of this rank's queries over the keys of this rank and of all before it.
 
     A collective, as its backward is.
@@ -35,10 +32,9 @@ def ring_attention(
         k, v: ``(B, G, l, D)``, G dividing H.
         links: to the other ranks.
         begins: int64 ``(B, l)``, where each token's document begins in the whole row.
-        layout: of this rank's piece. Padding sees what stands before it, and is to be ignored.
 
     Returns:
-        ``(B, H, l, D)``.
+        ``(B, H, l, D)``; at padding anything finite.
     """
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
