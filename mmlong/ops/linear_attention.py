@@ -43,7 +43,7 @@ from mmlong.ops.linear_attention_whole import stretches, whole
 BLOCK_ELEMENTS = 1 << 22
 """Elements that a block of chunks makes on the way; larger ones spill out of a common core's caches."""
 
-MAX_CHUNKS = 64
+MAX_CHUNKS = 32
 """Chunks of a row in a block: the product that makes their boundary states is quadratic in it."""
 
 LOOPED_ELEMENTS = 1 << 12

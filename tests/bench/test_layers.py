@@ -52,7 +52,7 @@ def test_counted_work_of_a_block_is_mixer_and_feed_forward() -> None:
 def test_counted_work_of_a_linear_mixer_grows_by_the_same_with_each_piece(mixer: str) -> None:
     # Inside hand-written autograd functions too: none of it is missed at some lengths only.
     subject = Subject(mixer, {"window": 16} if mixer == "local" else {})
-    counts = [measure(job(subject, length=n * 512, repeats=1))["flops"] for n in (1, 2, 3)]
+    counts = [measure(job(subject, length=n * 1024, repeats=1))["flops"] for n in (1, 2, 3)]
     for what in ("done", "useful"):
         first, second = (b[what] - a[what] for a, b in itertools.pairwise(counts))
         assert first == pytest.approx(second, rel=0.1)  # chunks do not come out even

@@ -36,7 +36,7 @@ BLOCKS = {
     "mmlong.ops.blockwise.STRETCH": 50,
 }
 SCANNED = {"mmlong.ops.scan.CHUNK": 8, **BLOCKS}
-CHUNKED = {"mmlong.ops.chunk_forms.BLOCK_ELEMENTS": 1 << 11, **BLOCKS}
+CHUNKED = {"mmlong.ops.chunk_forms.BLOCK_ELEMENTS": 1 << 14, **BLOCKS}
 SCALAR = {"mmlong.ops.linear_attention.BLOCK_ELEMENTS": 1 << 13, **BLOCKS}
 TWO_SIDED = {"mmlong.mixers.kernelised.TWO_SIDED_TOKENS": 50, **SCALAR}
 

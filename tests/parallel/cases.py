@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -70,10 +72,26 @@ def data(kind: str, batch: int) -> tuple[list[Tensor], Layout | None]:
 CASES = [(kind, batch) for kind in ("full", "padded", "packed", "short") for batch in (1, 3)]
 
 
-def names(mixers: list[str] | None = None) -> Iterator[tuple[str, str, int]]:
-    for mixer in mixers or list_mixers(streaming=True):
+KINDS_OF_STATE = ["attention", "hyena", "local", "mamba2", "masked_conv2d", "s4d"]
+
+
+def mixers(world: int) -> list[str]:
+    """All that stream, on two ranks. What more ranks add is the handing on, which knows states only by their tensors: one of each kind."""
+    return list_mixers(streaming=True) if world <= 2 else KINDS_OF_STATE
+
+
+def names(world: int) -> Iterator[tuple[str, str, int]]:
+    for mixer in mixers(world):
         for kind, batch in CASES:
             yield mixer, kind, batch
+
+
+WORLDS = (2, pytest.param(4, marks=pytest.mark.slow))
+WORLDS_AND_MIXERS = [
+    pytest.param(world, mixer, marks=pytest.mark.slow if world > 2 else ())
+    for world in (2, 4)
+    for mixer in mixers(world)
+]
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
@@ -102,3 +120,16 @@ def spawn(script: Path, function: Callable[..., None], world: int, folder: Path,
         [sys.executable, "-c", code], env=environment, timeout=seconds, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def cached_ranks(script: Path, function: Callable[..., None], folder: Path) -> Callable[[int], list[dict[str, Any]]]:
+    """``found(world)``: what each of ``world`` ranks saved, run once for each world."""
+
+    @functools.cache
+    def found(world: int) -> list[dict[str, Any]]:
+        here = folder / str(world)
+        here.mkdir()
+        spawn(script, function, world, here)
+        return [torch.load(here / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
+
+    return found

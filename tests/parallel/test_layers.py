@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cases import OPTIONS, data, gradients, leave, model, names, spawn, start
+from cases import OPTIONS, WORLDS, WORLDS_AND_MIXERS, cached_ranks, data, gradients, leave, mixers, model, names, start
 
-from mmlong.mixers import Mamba2, list_mixers
+from mmlong.mixers import Mamba2
 from mmlong.parallel import take_piece
 from mmlong.parallel.layers import FORMS, over_ranks
 from mmlong.parallel.links import Links
@@ -54,7 +55,7 @@ def ranks(rank: int, world: int, folder: Path) -> None:
     found: dict[str, Any] = {}
     waits: list[str] = []
     receive = Links.receive_state
-    for mixer, kind, batch in names():
+    for mixer, kind, batch in names(world):
         if kind in KINDS:
             Links.receive_state = lambda links, mixer=mixer: waits.append(mixer) or receive(links)  # type: ignore
             found[f"{mixer}/{kind}/{batch}"] = layered(mixer, kind, batch, world, rank, group)
@@ -83,11 +84,15 @@ def over_nothing(rank: int, group: Any) -> None:
         module.stages[0][0].mixer(torch.zeros(1, 1 - rank, 8, dtype=torch.float64))
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("layers")
-    spawn(Path(__file__), ranks, request.param, folder)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(request.param)]
+@pytest.fixture(scope="module")
+def found_by(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, Any]]]:
+    """What each rank found, by the number of ranks."""
+    return cached_ranks(Path(__file__), ranks, tmp_path_factory.mktemp("layers"))
+
+
+@pytest.fixture(scope="module", params=WORLDS)
+def found(request: pytest.FixtureRequest, found_by: Callable[[int], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return found_by(request.param)
 
 
 def same(got: dict[str, Any], expected: dict[str, Any], where: str) -> None:
@@ -102,8 +107,8 @@ def same(got: dict[str, Any], expected: dict[str, Any], where: str) -> None:
         )
 
 
-@pytest.mark.parametrize("mixer", list_mixers(streaming=True))
-def test_ranks_are_one_process(found: list[dict[str, Any]], mixer: str) -> None:
+@pytest.mark.parametrize(("world", "mixer"), WORLDS_AND_MIXERS)
+def test_ranks_are_one_process(found_by: Callable[[int], list[dict[str, Any]]], world: int, mixer: str) -> None:
     for kind in KINDS:
         for batch in (1, 3):
             module = model(mixer)
@@ -111,7 +116,7 @@ def test_ranks_are_one_process(found: list[dict[str, Any]], mixer: str) -> None:
             loss, _ = module.step(inputs, None, layout)
             loss.backward()
             expected = {"loss": loss.detach(), **gradients(module)}
-            for rank, every in enumerate(found):
+            for rank, every in enumerate(found_by(world)):
                 same(every[f"{mixer}/{kind}/{batch}"], expected, f"{kind}, batch {batch}, rank {rank}")
                 if (mixer, kind, batch) == ("mamba2", "packed", 3):
                     same(every["general"], expected, f"the general form, rank {rank}")
@@ -142,7 +147,7 @@ def test_other_options(found: list[dict[str, Any]], monkeypatch: pytest.MonkeyPa
 
 def test_those_with_a_form_of_their_own_wait_for_no_state(found: list[dict[str, Any]]) -> None:
     assert all(every["waits"] == found[0]["waits"] for every in found)
-    assert set(found[0]["waits"]) == set(list_mixers(streaming=True)) - {"s4d", "mamba2", "local", "attention", "hyena"}
+    assert set(found[0]["waits"]) == set(mixers(len(found))) - {"s4d", "mamba2", "local", "attention", "hyena"}
 
 
 def test_one_process_is_itself() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cases import CASES, ByteModel, data, gradients, leave, model, names, spawn, start
+from cases import CASES, WORLDS, WORLDS_AND_MIXERS, ByteModel, cached_ranks, data, gradients, leave, model, names, start
 
 from mmlong.backbone import segmented_loss
 from mmlong.mixers import create_mixer, detach_state, list_mixers, rebuild_state, state_tensors
@@ -39,7 +40,7 @@ def ranks(rank: int, world: int, folder: Path) -> None:
     start(rank, world, folder)
     group = dist.group.WORLD
     found = {}
-    for mixer, kind, batch in names():
+    for mixer, kind, batch in names(world):
         module = model(mixer)
         for options in settings(mixer, batch):
             key = f"{mixer}/{kind}/{batch}/{options['segment']}"
@@ -51,12 +52,15 @@ def ranks(rank: int, world: int, folder: Path) -> None:
     leave()
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    spawn(Path(__file__), ranks, request.param, folder)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(request.param)]
+@pytest.fixture(scope="module")
+def found_by(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, Any]]]:
+    """What each rank found, by the number of ranks."""
+    return cached_ranks(Path(__file__), ranks, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module", params=WORLDS)
+def found(request: pytest.FixtureRequest, found_by: Callable[[int], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return found_by(request.param)
 
 
 def same(got: dict[str, Any], expected: dict[str, Any], where: str, rtol: float = 1e-7) -> None:
@@ -68,8 +72,8 @@ def same(got: dict[str, Any], expected: dict[str, Any], where: str, rtol: float 
         assert apart <= rtol * size + 0.01 * rtol, f"{where}: {name} is {float(apart):.3g} from {float(size):.3g}"
 
 
-@pytest.mark.parametrize("mixer", list_mixers(streaming=True))
-def test_ranks_are_one_process(found: list[dict[str, Any]], mixer: str) -> None:
+@pytest.mark.parametrize(("world", "mixer"), WORLDS_AND_MIXERS)
+def test_ranks_are_one_process(found_by: Callable[[int], list[dict[str, Any]]], world: int, mixer: str) -> None:
     module = model(mixer)
     for kind, batch in CASES:
         inputs, layout = data(kind, batch)
@@ -78,7 +82,7 @@ def test_ranks_are_one_process(found: list[dict[str, Any]], mixer: str) -> None:
         whole.backward()
         expected = {"loss": whole.detach(), **gradients(module)}
         for options in settings(mixer, batch):
-            for rank, every in enumerate(found):
+            for rank, every in enumerate(found_by(world)):
                 where = f"{kind}, batch {batch}, segment {options['segment']}, rank {rank}"
                 same(every[f"{mixer}/{kind}/{batch}/{options['segment']}"], expected, where)
 
