@@ -24,6 +24,7 @@ from mmlong.mixers.local import Local
 from mmlong.mixers.lru import LRU, S5
 from mmlong.mixers.mamba import Mamba
 from mmlong.mixers.mamba2 import Mamba2
+from mmlong.mixers.mamba3 import Mamba3
 from mmlong.mixers.masked_conv import MaskedConv2d
 from mmlong.mixers.mega import Mega
 from mmlong.mixers.mlstm import MLSTM
@@ -72,6 +73,7 @@ __all__ = [
     "Local",
     "Mamba",
     "Mamba2",
+    "Mamba3",
     "MaskedConv2d",
     "Mega",
     "MinGRU",

@@ -25,10 +25,14 @@ def token_shift(x: Tensor, last: Tensor, layout: Layout | None = None) -> tuple[
     previous = torch.cat([last[:, None].to(x.dtype), x[:, :-1]], 1)
     if layout is not None and layout.resets is not None:
         previous = previous.masked_fill(layout.resets[..., None], 0)
+    return previous, last_token(x, last, layout)
+
+
+def last_token(x: Tensor, last: Tensor, layout: Layout | None = None) -> Tensor:
+    """The last token of each row ``(B, D)``, in at least float32: of ``x (B, L, D)`` at the row's own length, or ``last`` where a row has none here."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if layout is None or layout.lengths is None:
-        return previous, x[:, -1].to(dtype, copy=True)
-    # Of a row without tokens here the last one is still that of the past.
+        return x[:, -1].to(dtype, copy=True)
     longer = torch.cat([last[:, None].to(dtype), x.to(dtype)], 1)
     index = layout.lengths[:, None, None].expand(-1, 1, x.shape[2])
-    return previous, longer.gather(1, index).squeeze(1)
+    return longer.gather(1, index).squeeze(1)

@@ -60,6 +60,7 @@ NEARER: dict[str, Nearer] = {
             "mmlong.ops.short_conv.BLOCK_ELEMENTS": 1 << 13,
         },
     ),
+    "mamba3": Nearer({"headdim": 8, "ngroups": 2, "rank": 3, "norm": True, "chunk": 12}, SCALAR),
     "lru": Nearer({"d_state": 5}, SCANNED),
     "mega": Nearer({"chunk": 16, "ema_dim": 3}, TILES),
     "min_gru": Nearer({}, SCANNED),
