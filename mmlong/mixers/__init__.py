@@ -18,6 +18,7 @@ from mmlong.mixers.contract import (
 from mmlong.mixers.delta import KDA, DeltaNet, GatedDeltaNet
 from mmlong.mixers.gated import GLA, HGRN2
 from mmlong.mixers.gated_recurrence import RGLRU, MinGRU, MinLSTM
+from mmlong.mixers.h3 import H3
 from mmlong.mixers.hyena import Hyena
 from mmlong.mixers.kernelised import Based, LinearTransformer, Performer
 from mmlong.mixers.local import Local
@@ -49,6 +50,7 @@ from mmlong.mixers.state import (
 __all__ = [
     "GLA",
     "GRU",
+    "H3",
     "HGRN2",
     "KDA",
     "LRU",

@@ -47,6 +47,7 @@ NEARER: dict[str, Nearer] = {
     "kda": Nearer({"heads": 2, "chunk": 16}, CHUNKED),
     "rwkv7": Nearer({"heads": 2, "chunk": 16, "decay_rank": 4}, CHUNKED),
     "gla": Nearer({"heads": 2, "chunk": 8}, CHUNKED),
+    "h3": Nearer({"d_state": 6, "head_dim": 4, "chunk": 8}),
     "hgrn2": Nearer({"heads": 2, "chunk": 8, "lower_bound": 0.2}, CHUNKED),
     "hyena": Nearer({"max_length": 100, "order": 3}, {"mmlong.ops.long_conv.BLOCK_ELEMENTS": 1 << 12}),
     "lightning": Nearer({"heads": 2, "chunk": 8, "depth": 0.5}, SCALAR),
