@@ -72,9 +72,6 @@ class Mamba3(CellMixer):
     optim_hints: ClassVar[dict[str, dict[str, float]]] = {
         "dt_bias": {"weight_decay": 0.0},
         "D": {"weight_decay": 0.0},
-        "B_norm": {"weight_decay": 0.0},
-        "C_norm": {"weight_decay": 0.0},
-        "norm_weight": {"weight_decay": 0.0},
     }
 
     def __init__(
@@ -130,7 +127,7 @@ class Mamba3(CellMixer):
         self.D = nn.Parameter(torch.empty(self.heads))
         for name in ("rank_x", "rank_z", "rank_out"):
             self.register_parameter(name, nn.Parameter(torch.empty(self.heads, rank, headdim)) if rank > 1 else None)
-        self.norm_weight = nn.Parameter(torch.empty(self.heads, headdim)) if norm else None
+        self.norm_weight = nn.Parameter(torch.empty(inner)) if norm else None
         self.out_proj = nn.Linear(inner, dim, bias=False)
         self.width = sum(self.parts) + rank * (2 * self.heads * d_state + 2 * inner)
         self.reset_parameters()
@@ -240,7 +237,7 @@ class Mamba3(CellMixer):
         """Norm, gate and sum over ranks: ``(B, L, H P)``."""
         gate = _spread(z.unflatten(-1, (self.heads, -1)), w.get("rank_z"))
         if "norm_weight" in w:
-            y = norm_then_gate(y, gate, w["norm_weight"], "silu", self.norm_eps).view_as(y)
+            y = norm_then_gate(y, gate, w["norm_weight"].view(self.heads, -1), "silu", self.norm_eps).view_as(y)
         else:
             y = y * F.silu(gate)
         if self.rank == 1:

@@ -62,7 +62,7 @@ def definition(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         before = write
         y = torch.einsum("bhpn,bhrn->bhrp", S, turned(q[:, t], angle)) + m.D[:, None, None] * v[:, t]
         if m.norm_weight is not None:
-            y = m.norm_weight[:, None] * y / (y.square().mean(-1, keepdim=True) + m.norm_eps).sqrt()
+            y = m.norm_weight.view(H, 1, P) * y / (y.square().mean(-1, keepdim=True) + m.norm_eps).sqrt()
         ys.append((y * F.silu(z[:, t]) * out).sum(2).flatten(1))
     return m.out_proj(torch.stack(ys, 1)), S
 
@@ -115,7 +115,7 @@ def test_ranks_that_are_alike_are_one() -> None:
 def test_initial_values() -> None:
     torch.manual_seed(0)
     m: Any = create_mixer("mamba3", 2048, headdim=8, rank=4)
-    dt = F.softplus(m.dt_bias)
+    dt = F.softplus(m.dt_bias.detach())
     assert float(dt.min()) >= 1e-3
     assert float(dt.max()) <= 0.1001
     assert float(dt.log().mean()) == pytest.approx((math.log(1e-3) + math.log(1e-1)) / 2, abs=0.2)
