@@ -19,6 +19,7 @@ from mmlong.mixers.delta import KDA, DeltaNet, GatedDeltaNet
 from mmlong.mixers.gated import GLA, HGRN2
 from mmlong.mixers.gated_recurrence import RGLRU, MinGRU, MinLSTM
 from mmlong.mixers.h3 import H3
+from mmlong.mixers.hgrn import HGRN
 from mmlong.mixers.hyena import Hyena
 from mmlong.mixers.kernelised import Based, LinearTransformer, Performer
 from mmlong.mixers.local import Local
@@ -36,6 +37,7 @@ from mmlong.mixers.rwkv4 import RWKV4, AFTSimple
 from mmlong.mixers.rwkv6 import RWKV6
 from mmlong.mixers.rwkv7 import RWKV7
 from mmlong.mixers.s4d import S4D
+from mmlong.mixers.slots import ABC, GSA
 from mmlong.mixers.state import (
     State,
     detach_state,
@@ -48,9 +50,12 @@ from mmlong.mixers.state import (
 )
 
 __all__ = [
+    "ABC",
     "GLA",
     "GRU",
+    "GSA",
     "H3",
+    "HGRN",
     "HGRN2",
     "KDA",
     "LRU",

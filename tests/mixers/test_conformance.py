@@ -38,16 +38,20 @@ BLOCKS = {
 SCANNED = {"mmlong.ops.scan.CHUNK": 8, **BLOCKS}
 CHUNKED = {"mmlong.ops.chunk_forms.BLOCK_ELEMENTS": 1 << 14, **BLOCKS}
 SCALAR = {"mmlong.ops.linear_attention.BLOCK_ELEMENTS": 1 << 13, **BLOCKS}
+SLOTTED = {**SCALAR, **CHUNKED, **SCANNED}
 TWO_SIDED = {"mmlong.mixers.kernelised.TWO_SIDED_TOKENS": 50, **SCALAR}
 
 NEARER: dict[str, Nearer] = {
+    "abc": Nearer({"heads": 2, "slots": 5, "chunk": 8}, SLOTTED),
     "attention": Nearer({"heads": 4, "kv_heads": 2}, TILES),
     "deltanet": Nearer({"heads": 2, "chunk": 16, "steps": 2, "negative_eigenvalues": True}, CHUNKED),
     "gated_deltanet": Nearer({"heads": 2, "chunk": 16}, CHUNKED),
     "kda": Nearer({"heads": 2, "chunk": 16}, CHUNKED),
     "rwkv7": Nearer({"heads": 2, "chunk": 16, "decay_rank": 4}, CHUNKED),
+    "gsa": Nearer({"heads": 2, "slots": 5, "chunk": 8}, SLOTTED),
     "gla": Nearer({"heads": 2, "chunk": 8}, CHUNKED),
     "h3": Nearer({"d_state": 6, "head_dim": 4, "chunk": 8}),
+    "hgrn": Nearer({"lower_bound": 0.2}, SCANNED),
     "hgrn2": Nearer({"heads": 2, "chunk": 8, "lower_bound": 0.2}, CHUNKED),
     "hyena": Nearer({"max_length": 100, "order": 3}, {"mmlong.ops.long_conv.BLOCK_ELEMENTS": 1 << 12}),
     "lightning": Nearer({"heads": 2, "chunk": 8, "depth": 0.5}, SCALAR),
