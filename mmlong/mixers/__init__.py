@@ -23,6 +23,7 @@ from mmlong.mixers.hgrn import HGRN
 from mmlong.mixers.hyena import Hyena
 from mmlong.mixers.kernelised import Based, LinearTransformer, Performer
 from mmlong.mixers.local import Local
+from mmlong.mixers.long_conv import LongConv
 from mmlong.mixers.lru import LRU, S5
 from mmlong.mixers.mamba import Mamba
 from mmlong.mixers.mamba2 import Mamba2
@@ -37,6 +38,7 @@ from mmlong.mixers.rwkv4 import RWKV4, AFTSimple
 from mmlong.mixers.rwkv6 import RWKV6
 from mmlong.mixers.rwkv7 import RWKV7
 from mmlong.mixers.s4d import S4D
+from mmlong.mixers.sgconv import SGConv
 from mmlong.mixers.slots import ABC, GSA
 from mmlong.mixers.state import (
     State,
@@ -78,6 +80,7 @@ __all__ = [
     "Lightning",
     "LinearTransformer",
     "Local",
+    "LongConv",
     "Mamba",
     "Mamba2",
     "Mamba3",
@@ -88,6 +91,7 @@ __all__ = [
     "Mixer",
     "Performer",
     "RetNet",
+    "SGConv",
     "State",
     "Traits",
     "create_mixer",

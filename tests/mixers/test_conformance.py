@@ -50,12 +50,15 @@ NEARER: dict[str, Nearer] = {
     "rwkv7": Nearer({"heads": 2, "chunk": 16, "decay_rank": 4}, CHUNKED),
     "gsa": Nearer({"heads": 2, "slots": 5, "chunk": 8}, SLOTTED),
     "gla": Nearer({"heads": 2, "chunk": 8}, CHUNKED),
-    "h3": Nearer({"d_state": 6, "head_dim": 4, "chunk": 8}),
     "hgrn": Nearer({"lower_bound": 0.2}, SCANNED),
+    "h3": Nearer({"d_state": 6, "head_dim": 4, "chunk": 8}),
     "hgrn2": Nearer({"heads": 2, "chunk": 8, "lower_bound": 0.2}, CHUNKED),
     "hyena": Nearer({"max_length": 100, "order": 3}, {"mmlong.ops.long_conv.BLOCK_ELEMENTS": 1 << 12}),
     "lightning": Nearer({"heads": 2, "chunk": 8, "depth": 0.5}, SCALAR),
     "local": Nearer({"window": 10, "heads": 4, "kv_heads": 2}, {"mmlong.ops.local_attention.MIN_BLOCK": 4, **TILES}),
+    "long_conv": Nearer(
+        {"max_length": 100, "smooth": 5, "dropout": 0.2}, {"mmlong.ops.long_conv.BLOCK_ELEMENTS": 1 << 12}
+    ),
     "mamba": Nearer({"d_state": 4}, {"mmlong.ops.selective_scan.BLOCK_ELEMENTS": 1 << 11}),
     "mamba2": Nearer(
         {"headdim": 8, "ngroups": 2, "chunk": 16},
@@ -77,6 +80,9 @@ NEARER: dict[str, Nearer] = {
     "rwkv6": Nearer({"heads": 2, "chunk": 8}, CHUNKED),
     "rg_lru": Nearer({"blocks": 2}, SCANNED),
     "rwkv4": Nearer({"place": 0.2}, SCANNED),
+    "sgconv": Nearer(
+        {"max_length": 100, "kernel_dim": 4, "decay_max": 3.0}, {"mmlong.ops.long_conv.BLOCK_ELEMENTS": 1 << 12}
+    ),
     "s5": Nearer({"d_state": 12, "blocks": 3}, SCANNED),
     "s4d": Nearer({"chunk": 8, "d_state": 6, "init": "legs"}),
 }
