@@ -177,11 +177,15 @@ def plot(report: Report, path: Path) -> None:
     streams = [s for s in report.streams if not s.get("failed")]
     if not lines and not streams:
         raise ValueError("there is nothing to draw: no measurement succeeded")
+    import matplotlib
     import matplotlib.figure
 
     panels = 2 * bool(lines) + bool(streams)
     figure = matplotlib.figure.Figure(figsize=(5.5 * panels, 5.5), layout="constrained")
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    colours = matplotlib.colormaps["tab20"]
+    for axis in axes:
+        axis.set_prop_cycle(color=[colours(i) for i in (*range(0, 20, 2), *range(1, 20, 2))])
     if lines:
         seconds, memory = axes[:2]
         for label, rows in lines.items():
@@ -196,7 +200,7 @@ def plot(report: Report, path: Path) -> None:
         for axis, name in ((seconds, "seconds"), (memory, "GB")):
             axis.set(xscale="log", yscale="log", xlabel="tokens of a row", ylabel=name)
             axis.grid(alpha=0.3)
-        seconds.legend(fontsize="x-small")
+        figure.legend(*seconds.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="x-small")
     if streams:
         for stream in streams:
             us = stream["microseconds"]

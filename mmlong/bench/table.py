@@ -1,4 +1,4 @@
-"""The table of the README in one command: our mixers against their peers, how they grow, the default backbone's training step; and what was aimed at.
+"""The tables of the README in one command each: our mixers against their peers, how they grow, the default backbone's training step; and what was aimed at.
 
 The aims are seconds on a machine whose fastest float32 product is ``REFERENCE`` FLOP/s. On another one they are scaled by its own, so that a slower or busier machine is not taken for slower code.
 """
@@ -12,9 +12,8 @@ from mmlong.bench.report import Report
 from mmlong.bench.rows import Row, growths
 
 REFERENCE = 178e9
-LENGTHS = (16384, 65536, 262144)
 AT = 65536
-"""Where the aims are, and how far peers run."""
+"""Where the aims are."""
 DIM = 256
 GROWTH = 1.05
 STEP_SHARE = 0.5
@@ -29,40 +28,81 @@ class Aim:
         mixer: ours.
         peer: in whose comparison; ``None`` for a mixer without a peer.
         seconds: of the shortest run on the reference machine.
-        memory: bytes above the baseline.
+        memory: bytes above the baseline; ``None``: any.
     """
 
     mixer: str
     peer: str | None
     seconds: float
-    memory: float
+    memory: float | None = None
 
 
-AIMS = (
+@dataclass(frozen=True)
+class Preset:
+    """A table.
+
+    Attributes:
+        aims: who runs, in this order, and what was aimed at.
+        lengths: tokens of a row.
+        peer_length: peers run up to this length only.
+        step: the default backbone's training step too.
+    """
+
+    aims: tuple[Aim, ...]
+    lengths: tuple[int, ...]
+    peer_length: int
+    step: bool
+
+
+FIRST = (
     Aim("mamba2", "mamba2-transformers", 2.2, 2e9),
     Aim("local", "longformer", 3.5, 3e9),
     Aim("local", "local-attention", 2.0, 3e9),
     Aim("s4d", "s5", 2.0, 2.5e9),
     Aim("hyena", None, 2.5, 3e9),
 )
+STATE = (
+    Aim("linear_transformer", "linear-attention-transformer", 1.5, 2e9),
+    Aim("performer", "performer-pytorch", 2.5),
+    Aim("performer", "performer-pytorch-two-sided", 2.5),
+    Aim("lightning", "minimax", 2.0, 2e9),
+    Aim("retnet", None, 2.0, 2e9),
+    Aim("gla", None, 3.0),
+    Aim("mlstm", "xlstm", 3.0),
+    Aim("gated_deltanet", "qwen3-next", 3.0),
+    Aim("kda", "kimi-linear", 4.0),
+    Aim("mamba", "mambapy", 4.0, 3e9),
+    Aim("s5", "s5-pytorch", 2.0),
+    Aim("lru", None, 2.0),
+    Aim("s4d", None, 2.0),
+    Aim("mega", None, 2.5),
+    Aim("rg_lru", None, 1.5),
+    Aim("min_gru", None, 1.5),
+    Aim("hgrn", None, 1.5),
+)
+PRESETS = {
+    "first": Preset(FIRST, (16384, AT, 262144), AT, step=True),
+    # Peers of minutes and tens of gigabytes at 65,536 tokens are met at a length where all of them run.
+    "state": Preset(STATE, (16384, AT), 16384, step=False),
+}
 
 
-def contests() -> list[list[Subject]]:
+def contests(aims: tuple[Aim, ...]) -> list[list[Subject]]:
     """Who runs."""
-    return [[Subject(aim.mixer)] if aim.peer is None else against(aim.mixer, aim.peer, {}) for aim in AIMS]
+    return [[Subject(aim.mixer)] if aim.peer is None else against(aim.mixer, aim.peer, {}) for aim in aims]
 
 
 def verdicts(report: Report) -> list[tuple[str, str, str, bool]]:
     """Each aim that this report can answer: ``(what, aimed at, found, holds)``."""
     peak = report.peaks.get("gemm_fp32")
     said: list[tuple[str, str, str, bool]] = []
-    for aim in AIMS:
+    for aim in PRESETS[report.settings.get("preset", "first")].aims:
         row = _row(report, aim)
         if row is None or not row.best or peak is None:
             continue
         seconds = aim.seconds * REFERENCE / peak
         said.append((f"{row.name}, {AT:,} tokens", f"{seconds:.2f} s", f"{row.best:.2f} s", row.best <= seconds))
-        if row.memory_bytes is not None:
+        if row.memory_bytes is not None and aim.memory is not None:
             found, memory = f"{row.memory_bytes / 1e9:.2f} GB", f"{aim.memory / 1e9:g} GB"
             said.append((f"{row.name}, memory", memory, found, row.memory_bytes <= aim.memory))
     for g in growths(report.rows):

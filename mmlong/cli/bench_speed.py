@@ -341,14 +341,22 @@ def _stream(argv: list[str]) -> int:
 def _table(argv: list[str]) -> int:
     from mmlong.bench.step import default_model, run_models
 
-    parser = _parser("table", "Our mixers against their peers, their growth, and the default backbone's training step, beside what was aimed at.",
-                     ",".join(map(str, preset.LENGTHS)))  # fmt: skip
+    parser = _parser(
+        "table",
+        "Our mixers against their peers, their growth, and the default backbone's training step, beside what was aimed at.",
+    )
+    parser.add_argument("preset", nargs="?", default="first", choices=list(preset.PRESETS), metavar="WHICH",
+                        help=f"table: {', '.join(preset.PRESETS)} (default first)")  # fmt: skip
+    parser.add_argument("--lengths", type=_numbers, help="tokens, by commas (default: the table's own)")
     parser.add_argument("--dim", type=_positive, default=preset.DIM)
     parser.add_argument(
-        "--peers-to", type=_positive, default=preset.AT, metavar="L", help="run peers up to this length only"
+        "--peers-to", type=_positive, metavar="L", help="run peers up to this length only (default: the table's own)"
     )
     options = parser.parse_args(argv)
-    contests = preset.contests()
+    chosen = preset.PRESETS[options.preset]
+    options.lengths = options.lengths or list(chosen.lengths)
+    options.peers_to = options.peers_to or chosen.peer_length
+    contests = preset.contests(chosen.aims)
     require([PEERS[side.peer] for sides in contests for side in sides if side.peer is not None])
     _try([sides[0] for sides in contests], options.dim)
     layers = _conditions(options, lengths=options.lengths, dim=options.dim, peer_length=options.peers_to)
@@ -357,7 +365,8 @@ def _table(argv: list[str]) -> int:
     def measure(report: Report, say: Callable[[str], None]) -> None:
         for row in run_contests(contests, layers, run_job, say):
             report.rows.append(row)
-        report.rows += run_models([default_model(options.dim, min(options.lengths))], steps, run_job, say)
+        if chosen.step:
+            report.rows += run_models([default_model(options.dim, min(options.lengths))], steps, run_job, say)
 
     return _measured(["bench", "table", *argv], options, steps, measure)
 

@@ -12,6 +12,7 @@ from mmlong.experiments.speed import __main__ as speed
 
 from mmlong.bench.peers import PEERS
 from mmlong.bench.report import Report
+from mmlong.bench.table import PRESETS
 from mmlong.cli import bench_speed
 from mmlong.cli.bench import run_bench
 from mmlong.cli.errors import CommandError
@@ -98,18 +99,30 @@ def test_streams(jobs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.skipif(not INSTALLED, reason="needs every peer")
-def test_the_table_in_one_command(jobs: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    jobs.failed = lambda job: "exit status 1\nboom" if job.get("subject", {}).get("peer") == "s5" else None
-    assert run_bench(words("table --lengths 64,128 --dim 8 --peers-to 64 --rounds 1")) == 0
+@pytest.mark.parametrize(("which", "fails", "told"), [("", "s5", "s4d, s5"), ("state", "xlstm", "mlstm, xlstm")])
+def test_a_table_in_one_command(
+    jobs: Any, capsys: pytest.CaptureFixture[str], which: str, fails: str, told: str
+) -> None:
+    jobs.failed = lambda job: (
+        "exit status 1\nboom" if job["kind"] == "layer" and job["subject"]["peer"] == fails else None
+    )
+    assert run_bench(words(f"table {which} --lengths 64,128 --dim 8 --peers-to 64 --rounds 1")) == 0
     peers = {
         (j["subject"]["peer"], j["length"])
         for j in jobs.jobs
         if j["kind"] == "layer" and j["subject"]["side"] == "theirs"
     }
-    assert peers == {(name, 64) for name in PEERS.names()}
+    aims = PRESETS[which or "first"].aims
+    assert peers == {(aim.peer, 64) for aim in aims if aim.peer is not None}
+    assert {j["subject"]["mixer"] for j in jobs.jobs if j["kind"] == "layer"} == {aim.mixer for aim in aims}
+    assert any(j["kind"] == "model" for j in jobs.jobs) == (not which)
     said = capsys.readouterr().out
-    assert "aimed at" in said
-    assert "failed: s4d, s5, 64 tokens, fp32, both: exit status 1\nboom" in said
+    assert "growth from 64 to 128" in said
+    assert f"failed: {told}, 64 tokens, fp32, both: exit status 1\nboom" in said
+
+
+def test_every_peer_stands_in_a_table() -> None:
+    assert {aim.peer for table in PRESETS.values() for aim in table.aims} - {None} == set(PEERS.names())
 
 
 def test_where_nothing_could_be_measured(jobs: Any, tmp_path: Path) -> None:
