@@ -1,11 +1,18 @@
-"""What tests of mixers against other implementations share."""
+"""What tests of mixers against other implementations share.
+
+A test marked ``@pytest.mark.oracle("package: what", mixer)`` holds a mixer against something written by somebody else, or (``"definition: how"``) against its definition; it shows what
+it compares to ``held`` (or compares by ``same_as``, which does so itself), and ``python -m mmlong.experiments.oracles`` makes a table of the differences.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Generator
+from typing import Any
 
 import pytest
 import torch
+from mmlong.experiments.oracles.collect import oracle_of
 from torch import Tensor, nn
 
 from mmlong.mixers.state import State, state_tensors
@@ -13,14 +20,61 @@ from mmlong.mixers.state import State, state_tensors
 Outcome = tuple[Tensor, State]
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """A test marked as an oracle's must have shown something."""
+    result = yield
+    if pyfuncitem.get_closest_marker("oracle") and not any(name == "oracle" for name, _ in pyfuncitem.user_properties):
+        pytest.fail("marked oracle, but nothing was shown to `held` or compared by `same_as`", pytrace=False)
+    return result
+
+
 @pytest.fixture
-def same_as() -> Callable[..., None]:
+def held(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """``held(x, got, want)`` notes the largest differences of two outcomes ``(y, state)`` in the test's report: outputs, states, input gradient.
+
+    A state of ``None`` is not compared; nor is the gradient, if ``x`` asks for none or ``want`` has none. Asserts nothing: the tolerance is the test's.
+    """
+    shown_against = oracle_of(request.node)
+
+    def note(x: Tensor, got: Outcome, want: Outcome) -> None:
+        if shown_against is None:
+            return
+        mixer, whom = shown_against
+        mine, theirs = ([y, *state_tensors(state)] for y, state in (got, want))
+        assert len(mine) == len(theirs), "two states of different parts"
+        assert all(a.shape == b.shape for a, b in zip(mine, theirs, strict=True))
+        found: dict[str, Any] = {"mixer": mixer, "oracle": whom, "dtype": str(x.dtype).removeprefix("torch.")}
+        found["output"] = [_differ(mine[0], theirs[0])]
+        found["state"] = [_differ(a, b) for a, b in zip(mine[1:], theirs[1:], strict=True) if b.numel()]
+        if x.requires_grad and theirs[0].requires_grad:
+            r = torch.Generator().manual_seed(3)
+            shown = [i for i, t in enumerate(theirs) if t.requires_grad and mine[i].requires_grad]
+            draws = [torch.randn(theirs[i].shape, generator=r, dtype=theirs[i].dtype) for i in shown]
+            slopes = [
+                torch.autograd.grad([all_[i] for i in shown], x, draws, retain_graph=True)[0] for all_ in (mine, theirs)
+            ]
+            found["gradient"] = [_differ(*slopes)]
+        request.node.user_properties.append(("oracle", json.dumps(found)))
+
+    return note
+
+
+def _differ(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """The largest difference, and the largest value."""
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).abs().max()), float(b.abs().max())
+
+
+@pytest.fixture
+def same_as(held: Callable[..., None]) -> Callable[..., None]:
     """``same_as(mixer, x, got, want, tolerance)``: outputs and final states agree, and so do all gradients of a random function of both.
 
     Gradients are compared relative to each one's largest entry; ``x`` and the mixer's parameters must be leaves of both.
     """
 
     def compare(m: nn.Module, x: Tensor, got: Outcome, want: Outcome, tolerance: float = 1e-9) -> None:
+        held(x, got, want)
         mine, theirs = [got[0], *state_tensors(got[1])], [want[0], *state_tensors(want[1])]
         r = torch.Generator().manual_seed(3)
         cotangents = [torch.randn(t.shape, generator=r, dtype=t.dtype) for t in theirs]

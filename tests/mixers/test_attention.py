@@ -20,19 +20,20 @@ def tokens(B: int, L: int, dim: int, dtype: torch.dtype = torch.float64) -> Tens
     return torch.randn(B, L, dim, generator=torch.Generator().manual_seed(L), dtype=dtype)
 
 
-def by_definition(mixer: Attention, x: Tensor) -> Tensor:
-    """Softmax under an explicit mask, positions from 0."""
+def by_definition(mixer: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax under an explicit mask, positions from 0; and turned keys and values."""
     L = x.shape[1]
     q = mixer.q_proj(x).unflatten(-1, (mixer.heads, mixer.head_dim))
     k, v = (w(x).unflatten(-1, (mixer.kv_heads, mixer.head_dim)) for w in (mixer.k_proj, mixer.v_proj))
     if mixer.rope:
         q, k = (rotary_reference(t, torch.arange(L), mixer.rope_base) for t in (q, k))
     repeat = mixer.heads // mixer.kv_heads
-    q, k, v = q.transpose(1, 2), *(t.transpose(1, 2).repeat_interleave(repeat, 1) for t in (k, v))
+    keys, values = k.transpose(1, 2), v.transpose(1, 2)
+    q, k, v = q.transpose(1, 2), *(t.repeat_interleave(repeat, 1) for t in (keys, values))
     scores = q @ k.transpose(-1, -2) / math.sqrt(mixer.head_dim)
     if mixer.causal:
         scores = scores.masked_fill(torch.ones(L, L, dtype=torch.bool).triu(1), -math.inf)
-    return mixer.out_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    return mixer.out_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)), keys, values
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -40,11 +41,13 @@ def by_definition(mixer: Attention, x: Tensor) -> Tensor:
     "options", [{}, {"heads": 4, "kv_heads": 2}, {"heads": 2, "head_dim": 7, "rope": False}], ids=str
 )
 @pytest.mark.parametrize(("B", "L"), [(1, 1), (3, 63), (1, 257)])
-def test_against_the_definition(causal: bool, options: dict[str, Any], B: int, L: int) -> None:
+@pytest.mark.oracle("definition: softmax under a mask", "attention")
+def test_against_the_definition(held: Any, causal: bool, options: dict[str, Any], B: int, L: int) -> None:
     torch.manual_seed(0)
     mixer = Attention(32, causal=causal, **options).double()
     x = tokens(B, L, 32).requires_grad_()
-    want, (got, _) = by_definition(mixer, x), mixer(x)
+    (want, *kept), (got, state) = by_definition(mixer, x), mixer(x)
+    held(x, (got, state), (want, kept if causal else None))
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
     dy, leaves = torch.randn_like(want), [x, *mixer.parameters()]
     for a, b in zip(torch.autograd.grad(got, leaves, dy), torch.autograd.grad(want, leaves, dy), strict=True):
@@ -52,8 +55,10 @@ def test_against_the_definition(causal: bool, options: dict[str, Any], B: int, L
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_against_llama(kv_heads: int) -> None:
+@pytest.mark.oracle("transformers: LlamaAttention", "attention")
+def test_against_llama(held: Any, kv_heads: int) -> None:
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    transformers = pytest.importorskip("transformers")
     L, dim = 63, 64
     torch.manual_seed(0)
     config = llama.LlamaConfig(
@@ -67,11 +72,13 @@ def test_against_llama(kv_heads: int) -> None:
     x = tokens(3, L, dim, torch.float32).requires_grad_()
     mask = torch.full((L, L), -math.inf).triu(1)[None, None]
     rotary = llama.LlamaRotaryEmbedding(config)(x, torch.arange(L)[None])
-    want = theirs(x, position_embeddings=rotary, attention_mask=mask)[0]
+    cache = transformers.DynamicCache(config=config)
+    want = theirs(x, position_embeddings=rotary, attention_mask=mask, past_key_values=cache)[0]
     state, parts = None, []
     for piece in x.split([1, 40, 22], 1):
         y, state = ours(piece, state)
         parts.append(y)
+    held(x, (torch.cat(parts, 1), state), (want, [cache.layers[0].keys, cache.layers[0].values]))
     dy = torch.randn_like(want)
     for got in (ours(x)[0], torch.cat(parts, 1)):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

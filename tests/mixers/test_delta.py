@@ -74,6 +74,7 @@ def recurrence(m: DeltaMixer, x: Tensor) -> tuple[Tensor, Tensor]:
     ],
 )
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.oracle("definition: token by token")
 def test_against_recurrence(
     same_as: Callable[..., None], name: str, dim: int, batch: int, length: int, options: dict[str, Any]
 ) -> None:
@@ -173,6 +174,10 @@ def kimi_linear(m: DeltaMixer, dtype: torch.dtype) -> tuple[nn.Module, dict[str,
 
 
 ORACLES = {"gated_deltanet": qwen3_next, "kda": kimi_linear}
+NAMED = {
+    "gated_deltanet": "transformers: Qwen3NextGatedDeltaNet",
+    "kda": "transformers: KimiLinearDeltaAttention",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -191,12 +196,14 @@ def theirs_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("name", list(ORACLES))
-def test_against_transformers(name: str, heads: int, dtype: torch.dtype) -> None:
+@pytest.mark.oracle(NAMED)
+def test_against_transformers(held: Any, name: str, heads: int, dtype: torch.dtype) -> None:
     """Their recurrence runs in float32 whatever the input, which bounds the agreement."""
     m = mixer(name, 16, dtype, heads=heads)
     theirs, pairs, _ = ORACLES[name](m, dtype)
     x = torch.randn(2, 65, 16, dtype=dtype, requires_grad=True)
     y, want = m(x)[0], theirs(x)
+    held(x, (y, None), (want, None))
     torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4 * float(want.detach().abs().max()))
     dy = torch.randn_like(y)
     mine = torch.autograd.grad(y, [x, *(dict(m.named_parameters())[n] for n in pairs)], dy)
@@ -210,7 +217,8 @@ def test_against_transformers(name: str, heads: int, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("name", list(ORACLES))
-def test_state_against_transformers_cache(name: str) -> None:
+@pytest.mark.oracle(NAMED)
+def test_state_against_transformers_cache(held: Any, name: str) -> None:
     m = mixer(name, 16, torch.float32, heads=2)
     theirs, _, cache = ORACLES[name](m, torch.float32)
     x = torch.randn(2, 37, 16)
@@ -221,11 +229,13 @@ def test_state_against_transformers_cache(name: str) -> None:
         for t in range(30, 37):
             want = theirs(x[:, t : t + 1], cache)
             y, state = m(x[:, t : t + 1], state)
+            held(x, (y, state["S"]), (want, cache.get_recurrent_state(0)))
             torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(state["S"], cache.get_recurrent_state(0), rtol=1e-4, atol=1e-5)
 
 
-def test_deltanet_around_flas_recurrence() -> None:
+@pytest.mark.oracle("fla: delta_rule_recurrence", "deltanet")
+def test_deltanet_around_flas_recurrence(held: Any) -> None:
     """The layer's own code written out around ``fla``'s definition of the recurrence."""
     naive = pytest.importorskip("fla.ops.delta_rule.naive")
     m = mixer("deltanet", 16, torch.float32, heads=2)
@@ -237,6 +247,7 @@ def test_deltanet_around_flas_recurrence() -> None:
     want, S = naive.delta_rule_recurrence(q, k, v, beta)
     want = F.rms_norm(want.transpose(1, 2), (m.P,), m.norm_weight, m.norm_eps).flatten(2) @ m.out_proj.weight.T
     y, state = m(x)
+    held(x, (y, state["S"]), (want, S))
     torch.testing.assert_close((y, state["S"]), (want, S), rtol=1e-3, atol=1e-4)
     dy = torch.randn_like(y)
     mine, theirs = (torch.autograd.grad(t, [x, m.qkv_proj.weight, m.beta_proj.weight], dy) for t in (y, want))

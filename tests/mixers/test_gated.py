@@ -74,6 +74,7 @@ def build(name: str, dim: int, dtype: torch.dtype, **options: Any) -> Any:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(("name", "dim", "length", "options"), CASES)
+@pytest.mark.oracle("definition: token by token")
 def test_against_recurrence(
     same_as: Any, in_small_blocks: None, name: str, dim: int, length: int, options: dict[str, Any], batch: int
 ) -> None:
@@ -85,6 +86,7 @@ def test_against_recurrence(
 
 
 @pytest.mark.parametrize(("name", "dim", "length", "options"), CASES[:2] + CASES[3:5])
+@pytest.mark.oracle("fla: naive_recurrent_gla")
 def test_against_flash_linear_attention(
     same_as: Any, name: str, dim: int, length: int, options: dict[str, Any]
 ) -> None:

@@ -30,7 +30,7 @@ def g(u: Tensor) -> Tensor:
     return torch.where(u >= 0, u + 0.5, torch.sigmoid(u))
 
 
-def minimal(m: MinGRU | MinLSTM, x: Tensor) -> Tensor:
+def minimal(m: MinGRU | MinLSTM, x: Tensor) -> tuple[Tensor, Tensor]:
     """The definition in the file's opening lines, token by token."""
     h, outputs = x.new_zeros(x.shape[0], m.inner), []
     for t in range(x.shape[1]):
@@ -43,10 +43,10 @@ def minimal(m: MinGRU | MinLSTM, x: Tensor) -> Tensor:
             f, i = (torch.sigmoid(gate) for gate in gates)
             h = f / (f + i) * h + i / (f + i) * c
         outputs.append(m.out_proj(h))
-    return torch.stack(outputs, 1)
+    return torch.stack(outputs, 1), h
 
 
-def griffin(m: RGLRU, x: Tensor) -> Tensor:
+def griffin(m: RGLRU, x: Tensor) -> tuple[Tensor, Tensor]:
     w_gate, w_u = m.in_proj.weight.chunk(2)
     u = F.pad(x @ w_u.t(), (0, 0, m.d_conv - 1, 0))
     u = sum(u[:, k : k + x.shape[1]] * m.conv_weight[:, k] for k in range(m.d_conv)) + m.conv_bias
@@ -59,10 +59,11 @@ def griffin(m: RGLRU, x: Tensor) -> Tensor:
         a = torch.exp(-8 * r * torch.log(1 + m.Lambda.exp()))
         h = a * h + (torch.sqrt(1 - a * a) if t else 1) * i * u[:, t]
         outputs.append((F.gelu(x[:, t] @ w_gate.t()) * h) @ m.out_proj.weight.t())
-    return torch.stack(outputs, 1)
+    return torch.stack(outputs, 1), h
 
 
-def definition(m: Any, x: Tensor) -> Tensor:
+def definition(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs, and the last ``h``."""
     return griffin(m, x) if isinstance(m, RGLRU) else minimal(m, x)
 
 
@@ -78,10 +79,12 @@ def definition(m: Any, x: Tensor) -> Tensor:
         ("rg_lru", {"blocks": 3, "expand": 1.5, "d_conv": 3}),
     ],
 )
-def test_against_the_definition(name: str, options: dict[str, Any], length: int) -> None:
+@pytest.mark.oracle("definition: token by token")
+def test_against_the_definition(held: Any, name: str, options: dict[str, Any], length: int) -> None:
     m = mixer(name, 8, **options)
     x = torch.randn(3, length, 8, dtype=torch.float64, requires_grad=True)
-    y, want = m(x)[0], definition(m, x)
+    (y, state), (want, h) = m(x), definition(m, x)
+    held(x, (y, state["h"]), (want, h))
     torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
     dy = torch.randn_like(want)
     leaves = [x, *m.parameters()]
@@ -118,7 +121,8 @@ def test_blocks_equal_whole(monkeypatch: pytest.MonkeyPatch, name: str, laid: bo
 
 
 @pytest.mark.parametrize("name", ["min_gru", "min_lstm"])
-def test_against_min_gru_pytorch(name: str) -> None:
+@pytest.mark.oracle({"min_gru": "minGRU-pytorch: minGRU", "min_lstm": "minGRU-pytorch: minLSTM"})
+def test_against_min_gru_pytorch(held: Any, name: str) -> None:
     """Their parallel form runs in logarithms, and so only with positive candidates; states one token at a time too."""
     cell = "minGRU" if name == "min_gru" else "minLSTM"
     code = pytest.importorskip(f"minGRU_pytorch.{cell}")
@@ -133,6 +137,7 @@ def test_against_min_gru_pytorch(name: str) -> None:
     x = torch.randn(3, 129, 8, dtype=torch.float64, requires_grad=True)
     y, state = m(x)
     want, last = theirs(x, return_next_prev_hidden=True)
+    held(x, (y, state["h"]), (want, last[:, 0]))
     torch.testing.assert_close(y, want, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(state["h"], last[:, 0], rtol=1e-9, atol=1e-9)
     dy = torch.randn_like(y)
@@ -174,7 +179,8 @@ def recurrent_gemma(m: RGLRU, dtype: torch.dtype) -> nn.Module:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_against_recurrent_gemma(dtype: torch.dtype) -> None:
+@pytest.mark.oracle("transformers: RecurrentGemmaRecurrentBlock", "rg_lru")
+def test_against_recurrent_gemma(held: Any, dtype: torch.dtype) -> None:
     """Their recurrence runs in float32 whatever the input, which bounds the agreement."""
     m = mixer("rg_lru", 8, dtype, blocks=2)
     theirs = recurrent_gemma(m, dtype)
@@ -184,6 +190,7 @@ def test_against_recurrent_gemma(dtype: torch.dtype) -> None:
     y, state = m(x[:1])
     want, _ = theirs(x[:1], places[:1], None, use_cache=False)
     torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
+    held(x, (y, state["h"]), (want, theirs.rg_lru.recurrent_states.to(dtype)))
     torch.testing.assert_close(state["h"], theirs.rg_lru.recurrent_states.to(dtype), rtol=1e-4, atol=1e-5)
     leaves = [x, m.Lambda, m.gate_weight, m.in_proj.weight, m.conv_weight]
     dy = torch.randn_like(y)

@@ -80,12 +80,14 @@ def simulate(m: H3, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         (6, 77, {"d_state": 4, "head_dim": 3, "chunk": 16, "init": "legs"}),
     ],
 )
-def test_against_simulation(dim: int, length: int, options: dict[str, Any]) -> None:
+@pytest.mark.oracle("scipy: cont2discrete, stepped by matrices", "h3")
+def test_against_simulation(held: Any, dim: int, length: int, options: dict[str, Any]) -> None:
     m = mixer(dim, **options)
     x = torch.randn(2, length, dim, dtype=torch.float64, requires_grad=True)
     (y, state), (want, left) = m(x), simulate(m, x)
     torch.testing.assert_close(y, want, rtol=1e-9, atol=1e-9)
     assert isinstance(state, dict)
+    held(x, (y, [state[name] for name in left]), (want, list(left.values())))
     for name, expected in left.items():
         torch.testing.assert_close(state[name], expected, rtol=1e-9, atol=1e-9)
     assert state_bytes(state) == 2 * 2 * m.state_bytes(length)  # two rows in float64

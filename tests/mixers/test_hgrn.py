@@ -45,6 +45,7 @@ def turned(t: Tensor, angle: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(("dim", "length", "options"), CASES)
+@pytest.mark.oracle("definition: token by token", "hgrn")
 def test_against_the_definition(
     same_as: Any, in_small_blocks: None, dim: int, length: int, options: dict[str, Any], batch: int
 ) -> None:
@@ -60,6 +61,7 @@ def test_against_the_definition(
 
 
 @pytest.mark.parametrize(("dim", "length", "options"), CASES[:2])
+@pytest.mark.oracle("fla: naive_recurrent_hgrn", "hgrn")
 def test_against_flash_linear_attention(same_as: Any, dim: int, length: int, options: dict[str, Any]) -> None:
     """``exp(-i theta t) h_t`` is a real recurrence of its two parts, which theirs runs in float32."""
     naive = pytest.importorskip("fla.ops.hgrn.naive")

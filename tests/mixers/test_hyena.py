@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmlong.mixers import Hyena, create_mixer, state_bytes
+from mmlong.mixers import Hyena, create_mixer, state_bytes, state_tensors
 
 
 def make(order: int = 2, max_length: int = 1 << 17) -> Hyena:
@@ -21,10 +22,11 @@ def make(order: int = 2, max_length: int = 1 << 17) -> Hyena:
     return mixer
 
 
-def direct(mixer: Hyena, x: Tensor) -> Tensor:
+def direct(mixer: Hyena, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
     """The paper's formula: the filter lag by lag in Python floats, convolutions as dense lower-triangular matrices."""
     (_, L, D), N = x.shape, mixer.order
-    u = mixer.in_proj(x).transpose(1, 2)
+    projected = mixer.in_proj(x)
+    u = projected.transpose(1, 2)
     u = F.conv1d(F.pad(u, (2, 0)), mixer.conv_weight[:, None], mixer.conv_bias, groups=(N + 1) * D)
     *gates, v = u.transpose(1, 2).chunk(N + 1, -1)
     filters = torch.zeros(L, N - 1, D, dtype=torch.float64)
@@ -40,20 +42,28 @@ def direct(mixer: Hyena, x: Tensor) -> Tensor:
             window = math.exp(-abs(slow + (fast - slow) * d / (D - 1)) * t) + mixer.shift
             filters[lag, :, d] = mixer.filter_out(h).view(N - 1, D)[:, d] * window
     lags = torch.arange(L)[:, None] - torch.arange(L)
+    past = []
     for i in range(N - 1):
         v = v * gates[N - 1 - i]
+        past.append(v[:, max(0, L - mixer.max_length + 1) :])
         toeplitz = torch.where((lags >= 0)[..., None], filters[lags.clamp_min(0), i], 0)
         v = torch.einsum("tsd,bsd->btd", toeplitz, v) + mixer.bias[i] * v
-    return mixer.out_proj(v * gates[0])
+    return mixer.out_proj(v * gates[0]), {"conv": projected[:, -2:], "past": past}
 
 
 @pytest.mark.parametrize(("order", "max_length", "L"), [(2, 200, 63), (2, 20, 63), (3, 40, 77)])
-@torch.no_grad()
-def test_against_direct_convolution(order: int, max_length: int, L: int) -> None:
+@pytest.mark.oracle("definition: dense convolutions", "hyena")
+def test_against_direct_convolution(held: Any, order: int, max_length: int, L: int) -> None:
     mixer = make(order=order, max_length=max_length)
-    x = torch.randn(2, L, 4, dtype=torch.float64)
-    expected = direct(mixer, x)
-    torch.testing.assert_close(mixer(x)[0], expected, rtol=1e-9, atol=1e-9)
+    x = torch.randn(2, L, 4, dtype=torch.float64, requires_grad=True)
+    (got, state), (expected, left) = mixer(x), direct(mixer, x)
+    held(x, (got, state), (expected, left))
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    for a, b in zip(state_tensors(state), state_tensors(left), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    leaves, dy = [x, *mixer.parameters()], torch.randn_like(got)
+    for a, b in zip(*(torch.autograd.grad(y, leaves, dy) for y in (got, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
     for cuts in ([1] * L, [10, 1, 30, L - 41]):
         state, parts = None, []
         for part in x.split(cuts, 1):

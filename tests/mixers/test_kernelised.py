@@ -45,6 +45,7 @@ def kernel_features(m: Any, name: str, t: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(t[..., :1]), t, second], -1)
 
 
+@pytest.mark.oracle("definition: sum over all pairs")
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
@@ -59,6 +60,7 @@ def kernel_features(m: Any, name: str, t: Tensor) -> Tensor:
 def test_against_all_pairs(
     monkeypatch: pytest.MonkeyPatch,
     same_as: Any,
+    held: Any,
     in_small_blocks: None,
     name: str,
     dim: int,
@@ -75,14 +77,18 @@ def test_against_all_pairs(
     q, k = (kernel_features(m, name, t) for t in (q, k))
     want = m.out_proj(kernel_attention_reference(q, k, v, causal=causal, eps=1e-30).flatten(2))
     got, state = m(x)
-    same_as(m, x, (got, None), (want, None), 1e-8)
+    S_got = S = None
     if causal:
         _, S = scalar_decay_reference(q, k, v, torch.zeros_like(v[..., 0]))
         S_got = state["S"][..., :-1, :]
         if name == "performer":
             S_got = S_got * state["log_scale"].exp()[..., None, None]
-        if name != "based":  # whose features are fewer
-            torch.testing.assert_close(S_got, S)
+        if name == "based":  # whose features are fewer: what the state answers to other queries
+            S_got = torch.einsum("bhpn,blhn->blhp", S_got, m.features(heads(m, x)[0], key=False)[0])
+            S = torch.einsum("bhpn,blhn->blhp", S, q)
+        torch.testing.assert_close(S_got, S)
+    held(x, (got, S_got), (want, S))
+    same_as(m, x, (got, None), (want, None), 1e-8)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -105,6 +111,7 @@ def test_two_sided_layouts(monkeypatch: pytest.MonkeyPatch, same_as: Any, name: 
 
 
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.oracle("performer-pytorch: softmax_kernel, linear_attention", "performer")
 def test_performer_against_performer_pytorch(same_as: Any, causal: bool) -> None:
     theirs = pytest.importorskip("performer_pytorch.performer_pytorch")
     m = build("performer", 24, torch.float32, heads=3, causal=causal)
@@ -122,6 +129,7 @@ def test_performer_against_performer_pytorch(same_as: Any, causal: bool) -> None
     same_as(m, x, (m(x)[0], None), (m.out_proj(y.transpose(1, 2).flatten(2)), None), 1e-4)
 
 
+@pytest.mark.oracle("fla: naive_recurrent_linear_attn", "linear_transformer")
 def test_linear_transformer_against_flash_linear_attention(same_as: Any) -> None:
     naive = pytest.importorskip("fla.ops.linear_attn.naive")
     m = build("linear_transformer", 24, torch.float32, heads=3)
@@ -135,6 +143,7 @@ def test_linear_transformer_against_flash_linear_attention(same_as: Any) -> None
     same_as(m, x, (got, state), (m.out_proj(y.flatten(2)), {"S": want}), 1e-4)
 
 
+@pytest.mark.oracle("fla: naive_parallel_based", "based")
 def test_based_against_flash_linear_attention(same_as: Any) -> None:
     naive = pytest.importorskip("fla.ops.based.naive")
     m = build("based", 24, torch.float32, heads=3, feature_dim=5)

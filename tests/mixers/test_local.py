@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmlong.layout import Layout
@@ -18,8 +20,8 @@ def tokens(B: int, L: int, dim: int, dtype: torch.dtype = torch.float64) -> Tens
     return torch.randn(B, L, dim, generator=torch.Generator().manual_seed(L), dtype=dtype)
 
 
-def by_definition(mixer: Local, x: Tensor) -> Tensor:
-    """Softmax under an explicit band."""
+def by_definition(mixer: Local, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Softmax under an explicit band; and the last keys and values, after as many zeros as are missing, and how many there have been."""
     L, window = x.shape[1], mixer.window
     assert window is not None
     q, k, v = (w(x).unflatten(-1, (mixer.heads, -1)) for w in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
@@ -29,19 +31,23 @@ def by_definition(mixer: Local, x: Tensor) -> Tensor:
     distance = torch.arange(L)[:, None] - torch.arange(L)
     hidden = (distance > window) | (distance < (0 if mixer.causal else -window))
     scores = (q @ k.transpose(-1, -2) / math.sqrt(mixer.head_dim)).masked_fill(hidden, -math.inf)
-    return mixer.out_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    kept = [F.pad(t, (0, 0, window, 0))[:, :, -window:] for t in (k, v)]
+    y = mixer.out_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    return y, [*kept, torch.full(x.shape[:1], L)]
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("backend", ["auto", "tiled", "blocks"])
 @pytest.mark.parametrize(("window", "L", "rope"), [(1, 63, True), (10, 257, True), (10, 63, False), (300, 63, True)])
-def test_against_the_definition(causal: bool, backend: str, window: int, L: int, rope: bool) -> None:
+@pytest.mark.oracle("definition: softmax under a band", "local")
+def test_against_the_definition(held: Any, causal: bool, backend: str, window: int, L: int, rope: bool) -> None:
     if backend == "blocks" and window >= L:
         backend = "sdpa"
     torch.manual_seed(0)
     mixer = Local(16, causal=causal, window=window, heads=2, rope=rope, backend=backend).double()
     x = tokens(3, L, 16).requires_grad_()
-    want, (got, _) = by_definition(mixer, x), mixer(x)
+    (want, kept), (got, state) = by_definition(mixer, x), mixer(x)
+    held(x, (got, state), (want, kept if causal else None))
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
     dy, leaves = torch.randn_like(want), [x, *mixer.parameters()]
     for a, b in zip(torch.autograd.grad(got, leaves, dy), torch.autograd.grad(want, leaves, dy), strict=True):
@@ -49,7 +55,8 @@ def test_against_the_definition(causal: bool, backend: str, window: int, L: int,
 
 
 @pytest.mark.parametrize("lengths", [None, [96, 50, 1]])
-def test_against_longformer(lengths: list[int] | None) -> None:
+@pytest.mark.oracle("transformers: LongformerSelfAttention", "local")
+def test_against_longformer(held: Any, lengths: list[int] | None) -> None:
     longformer = pytest.importorskip("transformers.models.longformer.modeling_longformer")
     dim, heads, window, L = 32, 4, 8, 96
     torch.manual_seed(0)
@@ -74,6 +81,7 @@ def test_against_longformer(lengths: list[int] | None) -> None:
         is_global_attn=False,
     )[0]
     got, _ = ours(x, layout=None if lengths is None else Layout(lengths=torch.tensor(lengths)))
+    held(x, (got[valid], None), (want[valid], None))
     torch.testing.assert_close(got[valid], want[valid], rtol=1e-4, atol=1e-5)
     dy = torch.randn_like(want) * valid[..., None]
     found, true = (torch.autograd.grad(y, x, dy)[0] for y in (got, want))

@@ -75,12 +75,14 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "length", "options"), CASES)
-def test_against_direct_convolution(name: str, length: int, options: dict[str, Any]) -> None:
+@pytest.mark.oracle("definition: dense convolution")
+def test_against_direct_convolution(held: Any, name: str, length: int, options: dict[str, Any]) -> None:
     m = make(name, **options)
     x = torch.randn(2, length, 3, dtype=torch.float64, requires_grad=True)
     (y, state), want = m(x), direct(m, x)
     torch.testing.assert_close(y, want, rtol=1e-9, atol=1e-9)
     (past,) = state_tensors(state)
+    held(x, (y, past), (want, x[:, max(0, length - m.max_length + 1) :]))
     torch.testing.assert_close(past, x[:, max(0, length - m.max_length + 1) :])
     assert state_bytes(state) == 2 * 2 * m.state_bytes(length)  # two rows in float64
     weights = torch.randn_like(y)

@@ -58,22 +58,27 @@ def simulated_s5(m: S5, x: np.ndarray, side: int = 0) -> np.ndarray:
 
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{}, {"d_state": 11, "r_min": 0.0, "max_phase": 0.3}])
-def test_lru_against_scipy(options: dict[str, Any]) -> None:
+@pytest.mark.oracle("scipy: lfilter", "lru")
+def test_lru_against_scipy(held: Any, options: dict[str, Any]) -> None:
     m = mixer("lru", 6, **options)
     x = torch.randn(3, 257, 6, dtype=torch.float64)
     y, state = m(x)
     want, last = simulated_lru(m, x)
+    held(x, (y, state), (finish(m, x, want), torch.view_as_real(torch.from_numpy(last))))
     torch.testing.assert_close(y, finish(m, x, want), rtol=1e-11, atol=1e-11)
     np.testing.assert_allclose(torch.view_as_complex(state["h"]).numpy(), last, rtol=1e-11, atol=1e-11)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{}, {"d_state": 12, "blocks": 3}])
-def test_s5_against_scipy(options: dict[str, Any]) -> None:
+@pytest.mark.oracle("scipy: cont2discrete, stepped", "s5")
+def test_s5_against_scipy(held: Any, options: dict[str, Any]) -> None:
     m = mixer("s5", 6, **options)
     x = torch.randn(2, 63, 6, dtype=torch.float64)
     want = np.stack([simulated_s5(m, row) for row in x.numpy()])
-    torch.testing.assert_close(m(x)[0], finish(m, x, want), rtol=1e-9, atol=1e-9)
+    y, _ = m(x)
+    held(x, (y, None), (finish(m, x, want), None))
+    torch.testing.assert_close(y, finish(m, x, want), rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()
@@ -90,7 +95,8 @@ def test_s5_two_sides_against_scipy_with_padding_and_documents() -> None:
         torch.testing.assert_close(y[row, start:stop], finish(m, part, want), rtol=1e-9, atol=1e-9)
 
 
-def test_against_lru_pytorch() -> None:
+@pytest.mark.oracle("lru-pytorch: LRU", "lru")
+def test_against_lru_pytorch(held: Any) -> None:
     """Their D is a matrix, which here is diagonal. They keep results in float32, which bounds the agreement."""
     code = pytest.importorskip("LRU_pytorch")
     m = mixer("lru", 5, d_state=7).float()
@@ -103,6 +109,7 @@ def test_against_lru_pytorch() -> None:
         theirs.D.copy_(torch.diag(m.D))
     x = torch.randn(2, 40, 5, requires_grad=True)
     y, want = m(x)[0], m.finish(F.gelu(theirs(x)))
+    held(x, (y, None), (want, None))
     torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
     dy = torch.randn_like(y)
     names = ("nu_log", "theta_log", "gamma_log")
@@ -114,7 +121,8 @@ def test_against_lru_pytorch() -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_against_s5_pytorch(causal: bool) -> None:
+@pytest.mark.oracle("s5-pytorch: S5", "s5")
+def test_against_s5_pytorch(held: Any, causal: bool) -> None:
     """They keep all modes, of which the pairs here are written out."""
     code = pytest.importorskip("s5.s5_model")
     m = mixer("s5", 4, d_state=6, causal=causal).float()
@@ -135,6 +143,7 @@ def test_against_s5_pytorch(causal: bool) -> None:
     else:
         want = theirs(x)
     want = m.finish(F.gelu(want))
+    held(x, (y, state), (want, torch.view_as_real(last[:, :3]) if causal else None))
     torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
     dy = torch.randn_like(y)
     (a, c), (b, d) = (

@@ -23,7 +23,7 @@ def mixer(dim: int, dtype: torch.dtype = torch.float64, **options: Any) -> Mamba
     return made
 
 
-def recurrence(m: Mamba, x: Tensor) -> Tensor:
+def recurrence(m: Mamba, x: Tensor) -> tuple[Tensor, Tensor]:
     """The definition in the file's opening lines, token by token."""
     batch, L, _ = x.shape
     u, z = m.in_proj(x).chunk(2, -1)
@@ -35,16 +35,18 @@ def recurrence(m: Mamba, x: Tensor) -> Tensor:
     for t in range(L):
         h = torch.exp(dt[:, t, :, None] * A) * h + (dt * u)[:, t, :, None] * B[:, t, None]
         outputs.append((h * C[:, t, None]).sum(-1) + m.D * u[:, t])
-    return m.out_proj(torch.stack(outputs, 1) * F.silu(z))
+    return m.out_proj(torch.stack(outputs, 1) * F.silu(z)), h
 
 
 @pytest.mark.parametrize(
     ("dim", "length", "options"), [(16, 63, {}), (6, 257, {"expand": 1.5, "d_state": 3, "dt_rank": 2, "d_conv": 3})]
 )
-def test_against_the_definition(dim: int, length: int, options: dict[str, Any]) -> None:
+@pytest.mark.oracle("definition: token by token", "mamba")
+def test_against_the_definition(held: Any, dim: int, length: int, options: dict[str, Any]) -> None:
     m = mixer(dim, **options)
     x = torch.randn(3, length, dim, dtype=torch.float64, requires_grad=True)
-    y, want = m(x)[0], recurrence(m, x)
+    (y, state), (want, h) = m(x), recurrence(m, x)
+    held(x, (y, state["ssm"].mT), (want, h))
     torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
     dy, leaves = torch.randn_like(want), [x, *m.parameters()]
     mine, theirs = (torch.autograd.grad(t, leaves, dy) for t in (y, want))
@@ -63,8 +65,9 @@ def copy_into(m: Mamba, theirs: Any) -> None:
         theirs.D.copy_(m.D)
 
 
-def compare(m: Mamba, theirs: Any, x: Tensor, y: Tensor, want: Tensor) -> None:
+def compare(held: Any, m: Mamba, theirs: Any, x: Tensor, y: Tensor, want: Tensor) -> None:
     """Both compute in float32 inside, which bounds the agreement."""
+    held(x, (y, None), (want, None))
     torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
     dy = torch.randn_like(y)
     mine = torch.autograd.grad(y, [x, m.A_log, m.dt_bias, m.D, m.x_proj.weight, m.conv_weight], dy)
@@ -75,7 +78,8 @@ def compare(m: Mamba, theirs: Any, x: Tensor, y: Tensor, want: Tensor) -> None:
         torch.testing.assert_close(a, b.view_as(a), rtol=1e-3, atol=1e-4 * float(b.abs().max()))
 
 
-def test_against_transformers_with_its_cache() -> None:
+@pytest.mark.oracle("transformers: MambaMixer", "mamba")
+def test_against_transformers_with_its_cache(held: Any) -> None:
     code = pytest.importorskip("transformers.models.mamba.modeling_mamba")
     m = mixer(16, torch.float32)
     config = code.MambaConfig(
@@ -92,11 +96,12 @@ def test_against_transformers_with_its_cache() -> None:
     copy_into(m, theirs)
     x = torch.randn(2, 37, 16, requires_grad=True)
     y, _ = m(x)
-    compare(m, theirs, x, y, theirs(x))
+    compare(held, m, theirs, x, y, theirs(x))
     cache = code.DynamicCache(config=config)
     with torch.no_grad():
-        theirs(x[:, :30], cache)
-        _, state = m(x[:, :30])
+        want = theirs(x[:, :30], cache)
+        start, state = m(x[:, :30])
+        held(x, (start, state["ssm"].mT), (want, cache.layers[0].recurrent_states[0]))
         torch.testing.assert_close(state["ssm"].mT, cache.layers[0].recurrent_states[0], rtol=1e-4, atol=1e-5)
         for t in range(30, 33):
             token, state = m(x[:, t : t + 1], state)
@@ -104,13 +109,14 @@ def test_against_transformers_with_its_cache() -> None:
             torch.testing.assert_close(token, y[:, t : t + 1], rtol=1e-4, atol=1e-5)
 
 
-def test_against_mambapy() -> None:
+@pytest.mark.oracle("mambapy: MambaBlock", "mamba")
+def test_against_mambapy(held: Any) -> None:
     code = pytest.importorskip("mambapy.mamba")
     m = mixer(16, torch.float32)
     theirs = code.MambaBlock(code.MambaConfig(d_model=16, n_layers=1, dt_rank=m.dt_rank))
     copy_into(m, theirs)
     x = torch.randn(2, 63, 16, requires_grad=True)
-    compare(m, theirs, x, m(x)[0], theirs(x))
+    compare(held, m, theirs, x, m(x)[0], theirs(x))
 
 
 def test_initial_values() -> None:

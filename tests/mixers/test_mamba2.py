@@ -29,7 +29,7 @@ def mixer(dim: int, dtype: torch.dtype = torch.float64, **options: Any) -> Mamba
     return made
 
 
-def recurrence(m: Mamba2, x: Tensor) -> Tensor:
+def recurrence(m: Mamba2, x: Tensor) -> tuple[Tensor, Tensor]:
     """The definition in the file's opening lines, token by token."""
     B, L, _ = x.shape
     z, u, raw = m.in_proj(x).split([m.inner, m.conv_dim, m.heads], dim=-1)
@@ -47,7 +47,7 @@ def recurrence(m: Mamba2, x: Tensor) -> Tensor:
     y = torch.stack(outputs, 1).flatten(2) * F.silu(z)
     y = y.unflatten(-1, (m.ngroups, -1))
     y = y / torch.sqrt(y.square().mean(-1, keepdim=True) + m.norm_eps)
-    return m.out_proj(m.norm_weight * y.flatten(2))
+    return m.out_proj(m.norm_weight * y.flatten(2)), S
 
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch, elements: int = 1) -> None:
@@ -75,10 +75,14 @@ def same_gradients(m: torch.nn.Module, x: Tensor, got: Tensor, want: Tensor, tol
         (1, 9, {"expand": 1}),
     ],
 )
-def test_against_recurrence(dim: int, length: int, options: dict[str, Any]) -> None:
+@pytest.mark.oracle("definition: token by token", "mamba2")
+def test_against_recurrence(held: Any, dim: int, length: int, options: dict[str, Any]) -> None:
     m = mixer(dim, **options)
     x = torch.randn(3, length, dim, dtype=torch.float64, requires_grad=True)
-    same_gradients(m, x, m(x)[0], recurrence(m, x))
+    (y, state), (want, S) = m(x), recurrence(m, x)
+    held(x, (y, state["ssm"]), (want, S))
+    torch.testing.assert_close(state["ssm"], S, rtol=1e-9, atol=1e-9)
+    same_gradients(m, x, y, want)
 
 
 def transformers_mixer(m: Mamba2, dtype: torch.dtype) -> torch.nn.Module:
@@ -112,12 +116,14 @@ def transformers_mixer(m: Mamba2, dtype: torch.dtype) -> torch.nn.Module:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("options", [{}, {"headdim": 8, "ngroups": 2}])
-def test_against_transformers(dtype: torch.dtype, options: dict[str, Any]) -> None:
+@pytest.mark.oracle("transformers: Mamba2Mixer", "mamba2")
+def test_against_transformers(held: Any, dtype: torch.dtype, options: dict[str, Any]) -> None:
     """Their recurrence runs in float32 whatever the input, which bounds the agreement."""
     m = mixer(16, dtype, **options)
     theirs = transformers_mixer(m, dtype)
     x = torch.randn(2, 65, 16, dtype=dtype, requires_grad=True)
     y, want = m(x)[0], theirs(x)
+    held(x, (y, None), (want, None))
     torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
     dy = torch.randn_like(y)
     mine = torch.autograd.grad(y, [x, m.A_log, m.dt_bias, m.in_proj.weight, m.conv_weight], dy)
@@ -128,15 +134,17 @@ def test_against_transformers(dtype: torch.dtype, options: dict[str, Any]) -> No
         torch.testing.assert_close(a, b.view_as(a), rtol=1e-3, atol=1e-4 * float(b.abs().max()))
 
 
-def test_state_against_transformers_cache() -> None:
+@pytest.mark.oracle("transformers: Mamba2Mixer", "mamba2")
+def test_state_against_transformers_cache(held: Any) -> None:
     code = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
     m = mixer(16, torch.float32, headdim=8)
     theirs = transformers_mixer(m, torch.float32).eval()
     x = torch.randn(2, 37, 16)
     cache = code.DynamicCache(config=code.Mamba2Config(num_hidden_layers=1, hidden_size=16, head_dim=8, num_heads=4))
     with torch.no_grad():
-        theirs(x[:, :30], cache_params=cache)
+        want = theirs(x[:, :30], cache_params=cache)
         y, state = m(x[:, :30])
+        held(x, (y, state["ssm"]), (want, cache.layers[0].recurrent_states[0]))
         torch.testing.assert_close(state["ssm"], cache.layers[0].recurrent_states[0], rtol=1e-4, atol=1e-5)
         for t in range(30, 37):
             want = theirs(x[:, t : t + 1], cache_params=cache)

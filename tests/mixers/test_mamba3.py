@@ -69,11 +69,13 @@ def definition(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("options", FORMS)
 @pytest.mark.parametrize(("batch", "length"), [(1, 63), (3, 17), (2, 1)])
-def test_is_its_recurrence(options: dict[str, Any], batch: int, length: int) -> None:
+@pytest.mark.oracle("definition: token by token", "mamba3")
+def test_is_its_recurrence(held: Any, options: dict[str, Any], batch: int, length: int) -> None:
     m = build(**options)
     x = torch.randn(batch, length, 16, dtype=torch.float64, requires_grad=True)
     y, state = m(x)
     expected, S = definition(m, x)
+    held(x, (y, state["S"]), (expected, S))
     torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(state["S"], S, rtol=1e-9, atol=1e-9)
     dy = torch.randn_like(y)

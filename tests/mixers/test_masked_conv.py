@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,13 +23,16 @@ def by_conv2d(mixer: torch.nn.Module, x: torch.Tensor, height: int) -> torch.Ten
 
 @pytest.mark.parametrize(("height", "width", "radius"), [(1, 5, 2), (7, 9, 1), (6, 11, 3)])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_it_is_the_masked_convolution(height: int, width: int, radius: int, batch: int) -> None:
+@pytest.mark.oracle("torch: conv2d with a masked kernel", "masked_conv2d")
+def test_it_is_the_masked_convolution(held: Any, height: int, width: int, radius: int, batch: int) -> None:
     torch.manual_seed(0)
     mixer = create_mixer("masked_conv2d", 6, width=width, radius=radius).double()
     torch.nn.init.normal_(mixer.bias)
     x = torch.randn(batch, height * width, 6, dtype=torch.float64, requires_grad=True)
-    y, _ = mixer(x)
+    y, state = mixer(x)
     wanted = by_conv2d(mixer, x, height)
+    tail = F.pad(x, (0, 0, mixer.reach, 0))[:, -mixer.reach :]
+    held(x, (y, state), (wanted, (tail, torch.full((batch,), height * width))))
     torch.testing.assert_close(y, wanted)
     weight = torch.randn_like(y)
     (found,) = torch.autograd.grad((y * weight).sum(), x)

@@ -26,8 +26,8 @@ def mixer(dim: int, **options: Any) -> Mega:
     return made
 
 
-def definition(m: Mega, x: Tensor) -> Tensor:
-    """The file's opening lines: the average by its recurrence, the attention one query at a time."""
+def definition(m: Mega, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The file's opening lines: the average by its recurrence, the attention one query at a time; and what the average's states are at the end."""
     B, L, D = x.shape
     p = torch.sigmoid(m.delta)
     q = 1 - p * torch.sigmoid(m.alpha)
@@ -47,17 +47,19 @@ def definition(m: Mega, x: Tensor) -> Tensor:
         scores = scores + turned[1][seen] @ turned[0][i]
         rows.append((scores.softmax(-1)[..., None] * v[:, seen]).sum(1))
     h = F.silu(c + m.h_proj(r * torch.stack(rows, 1)))
-    return torch.sigmoid(u) * h + (1 - torch.sigmoid(u)) * x
+    return torch.sigmoid(u) * h + (1 - torch.sigmoid(u)) * x, state / (p * m.beta)
 
 
 @pytest.mark.parametrize(
     ("dim", "length", "options"),
     [(6, 63, {"chunk": 16}), (4, 257, {"chunk": 7, "ema_dim": 3, "qk_dim": 6, "value_dim": 5})],
 )
-def test_against_the_definition(dim: int, length: int, options: dict[str, Any]) -> None:
+@pytest.mark.oracle("definition: token by token", "mega")
+def test_against_the_definition(held: Any, dim: int, length: int, options: dict[str, Any]) -> None:
     m = mixer(dim, **options)
     x = torch.randn(2, length, dim, dtype=torch.float64, requires_grad=True)
-    y, want = m(x)[0], definition(m, x)
+    (y, state), (want, ema) = m(x), definition(m, x)
+    held(x, (y, state["ema"][..., 0]), (want, ema))
     torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
     dy, leaves = torch.randn_like(want), [x, *m.parameters()]
     mine, theirs = (torch.autograd.grad(t, leaves, dy) for t in (y, want))

@@ -49,6 +49,7 @@ def definition(m: Any, x: Tensor, C: Tensor, n: Tensor, s: Tensor) -> tuple[Tens
     ("dim", "length", "options"),
     [(16, 257, {}), (24, 63, {"heads": 3, "expand_k": 1, "expand_v": 2, "chunk": 8}), (16, 63, {"gates": 10.0})],
 )
+@pytest.mark.oracle("definition: token by token", "mlstm")
 def test_against_definition(
     same_as: Any, in_small_blocks: None, dim: int, length: int, options: dict[str, Any], batch: int
 ) -> None:
@@ -60,7 +61,8 @@ def test_against_definition(
     same_as(m, x, got, definition(m, x, C, n, s))
 
 
-def test_against_transformers() -> None:
+@pytest.mark.oracle("transformers: xLSTMLayer", "mlstm")
+def test_against_transformers(held: Any) -> None:
     xlstm = pytest.importorskip("transformers.models.xlstm.modeling_xlstm")
     if xlstm.external_xlstm:
         pytest.skip("transformers would run the xlstm package in place of its own layer")
@@ -96,6 +98,7 @@ def test_against_transformers() -> None:
     x = torch.randn(2, 64, dim, requires_grad=True)
     want, (C, n, s) = theirs(x)
     got, state = m(x)
+    held(x, (got, state), (want, [torch.cat([C.mT, n[:, :, None]], 2), s.view(2, heads)]))
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(state["S"], torch.cat([C.mT, n[:, :, None]], 2), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(state["log_scale"], s.view(2, heads), rtol=1e-4, atol=1e-4)

@@ -71,6 +71,7 @@ LAYERS = {"retnet": retnet, "lightning": lightning}
         ("lightning", 1, 9, {}),
     ],
 )
+@pytest.mark.oracle("definition: token by token")
 def test_against_recurrence(
     same_as: Any, in_small_blocks: None, name: str, dim: int, length: int, options: dict[str, Any], batch: int
 ) -> None:
@@ -80,6 +81,7 @@ def test_against_recurrence(
     same_as(m, x, m(x), (y, {"S": S}))
 
 
+@pytest.mark.oracle("fla: naive_retention", "retnet")
 def test_retnet_against_flash_linear_attention(same_as: Any) -> None:
     naive = pytest.importorskip("fla.ops.retention.naive")
     m = build("retnet", 24, torch.float32, heads=3)
@@ -90,7 +92,8 @@ def test_retnet_against_flash_linear_attention(same_as: Any) -> None:
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-def test_lightning_against_transformers(same_as: Any, layer: int) -> None:
+@pytest.mark.oracle("transformers: MiniMaxLightningAttention", "lightning")
+def test_lightning_against_transformers(held: Any, layer: int) -> None:
     minimax = pytest.importorskip("transformers.models.minimax.modeling_minimax")
     layers, dim, heads = 4, 32, 4
     config = minimax.MiniMaxConfig(
@@ -107,6 +110,7 @@ def test_lightning_against_transformers(same_as: Any, layer: int) -> None:
     x = torch.randn(2, 63, dim, requires_grad=True)
     want, S = theirs(x, None, None)
     y, state = m(x)
+    held(x, (y, state["S"].mT), (want, S))
     torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(state["S"].mT, S, rtol=1e-4, atol=1e-4)
     dy = torch.randn(y.shape)

@@ -45,6 +45,7 @@ def definition(m: Any, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 @pytest.mark.parametrize(
     ("dim", "length", "options"), [(16, 257, {}), (24, 63, {"heads": 3, "features": 40, "chunk": 8})]
 )
+@pytest.mark.oracle("definition: token by token", "rfa")
 def test_against_definition(
     same_as: Any, in_small_blocks: None, dim: int, length: int, options: dict[str, Any], batch: int
 ) -> None:

@@ -22,7 +22,8 @@ def perturbed(name: str, dim: int, dtype: torch.dtype, **options: Any) -> Any:
     return made
 
 
-def test_against_transformers_with_its_state() -> None:
+@pytest.mark.oracle("transformers: RwkvSelfAttention", "rwkv4")
+def test_against_transformers_with_its_state(held: Any) -> None:
     """Outputs, the four tensors of the state, and gradients; their recurrence runs in float32."""
     code = pytest.importorskip("transformers.models.rwkv.modeling_rwkv")
     m = perturbed("rwkv4", 8, torch.float32)
@@ -38,6 +39,7 @@ def test_against_transformers_with_its_state() -> None:
     x = torch.randn(2, 65, 8, requires_grad=True)
     y, _ = m(x)
     want, _ = theirs(x)
+    held(x, (y, None), (want, None))
     torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
     dy = torch.randn_like(y)
     mine = torch.autograd.grad(y, [x, m.decay, m.bonus, m.k_proj.weight, m.r_proj.weight], dy)
@@ -48,19 +50,25 @@ def test_against_transformers_with_its_state() -> None:
     with torch.no_grad():
         state = [torch.zeros(2, 8, 1) for _ in range(5)]
         state[4] -= 1e30
-        _, state = theirs(x[:, :40], state, use_cache=True)
+        want, state = theirs(x[:, :40], state, use_cache=True)
         _, carried = m(x[:, :40])
+        mine = [carried[key] for key in ("last", "num", "den", "max")]
+        held(x, (y[:, :40], mine), (want, [t[..., 0] for t in state[1:]]))
         for key, t in zip(("last", "num", "den", "max"), state[1:], strict=True):
             torch.testing.assert_close(carried[key], t[..., 0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(m(x[:, 40:], carried)[0], y[:, 40:], rtol=1e-4, atol=1e-5)
 
 
-def test_aft_simple_is_its_formula() -> None:
+@pytest.mark.oracle("definition: running sums", "aft_simple")
+def test_aft_simple_is_its_formula(held: Any) -> None:
     m = perturbed("aft_simple", 6, torch.float64)
     x = torch.randn(2, 63, 6, dtype=torch.float64, requires_grad=True)
     r, k, v = m.r_proj(x), m.k_proj(x), m.v_proj(x)
     want = m.out_proj(torch.sigmoid(r) * (k.exp() * v).cumsum(1) / k.exp().cumsum(1))
-    y, _ = m(x)
+    y, state = m(x)
+    unit = state["max"].exp()
+    sums = [(k.exp() * v).sum(1), k.exp().sum(1)]
+    held(x, (y, [state["num"] * unit, state["den"] * unit]), (want, sums))
     torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
     dy, leaves = torch.randn_like(y), [x, *m.parameters()]
     for a, b in zip(*(torch.autograd.grad(t, leaves, dy) for t in (y, want)), strict=True):

@@ -62,6 +62,7 @@ CASES = [(16, 257, {}), (24, 63, {"heads": 3, "mix_rank": 2, "decay_rank": 3, "c
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(("dim", "length", "options"), CASES)
+@pytest.mark.oracle("definition: token by token", "rwkv6")
 def test_against_recurrence(
     same_as: Any, in_small_blocks: None, dim: int, length: int, options: dict[str, Any], batch: int
 ) -> None:
@@ -72,6 +73,7 @@ def test_against_recurrence(
     same_as(m, x, m(x, {"last": last, "S": S}), layer(m, x, last, S, definition))
 
 
+@pytest.mark.oracle("fla: naive_recurrent_rwkv6", "rwkv6")
 def test_against_flash_linear_attention(same_as: Any) -> None:
     dim, length, options = CASES[1]
     m = build(dim, torch.float32, **options)

@@ -69,6 +69,7 @@ def recurrence(m: RWKV7, x: Tensor) -> tuple[Tensor, Tensor]:
         (12, 2, 33, {"heads": 2, "decay_rank": 3}),
     ],
 )
+@pytest.mark.oracle("definition: token by token", "rwkv7")
 def test_against_recurrence(
     monkeypatch: pytest.MonkeyPatch,
     same_as: Callable[..., None],
@@ -85,7 +86,8 @@ def test_against_recurrence(
     same_as(m, x, (y, {"S": state["S"]}), (want, {"S": S}))
 
 
-def test_around_flas_recurrence() -> None:
+@pytest.mark.oracle("fla: dplr_recurrence", "rwkv7")
+def test_around_flas_recurrence(held: Any) -> None:
     naive = pytest.importorskip("fla.ops.generalized_delta_rule.dplr.naive")
     m = mixer(32, torch.float32, heads=2)
     x = torch.randn(2, 64, 32, requires_grad=True)
@@ -101,6 +103,7 @@ def test_around_flas_recurrence() -> None:
     )
     want = outer(m, want.transpose(1, 2), t)
     y, state = m(x)
+    held(x, (y, state["S"]), (want, S))
     torch.testing.assert_close((y, state["S"]), (want, S), rtol=1e-3, atol=1e-3)
     dy = torch.randn_like(y)
     leaves = [x, m.mix_share, m.decay_base, m.k_proj.weight, m.rate_up.weight]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,21 +37,34 @@ def kernels(mixer: S4D, length: int) -> np.ndarray:
     return found
 
 
-def finish(mixer: S4D, x: torch.Tensor, y: np.ndarray) -> torch.Tensor:
-    u = torch.from_numpy(y) + mixer.D * x
+def last_states(mixer: S4D, x: np.ndarray) -> torch.Tensor:
+    """The modes' responses to ``x`` as they stand at its end, each mode's column of B being one: ``(B, D, N/2, 2)``."""
+    A = np.exp(mixer.log_dt.numpy())[:, None] * (-np.exp(mixer.log_A_real.numpy()) + 1j * mixer.A_imag.numpy())
+    h = np.zeros((len(x), *A.shape), dtype=complex)
+    for d, m in np.ndindex(*A.shape):
+        h[:, d, m] = scipy.signal.lfilter([1.0], [1.0, -np.exp(A[d, m])], x[..., d], axis=1)[:, -1]
+    return torch.view_as_real(torch.from_numpy(h))
+
+
+def finish(mixer: S4D, x: torch.Tensor, y: np.ndarray | torch.Tensor) -> torch.Tensor:
+    u = torch.as_tensor(y) + mixer.D * x
     return F.glu(mixer.out_proj(F.gelu(u)), dim=-1)
 
 
 @pytest.mark.parametrize("init", ["lin", "inv", "legs"])
-@torch.no_grad()
-def test_against_scipy(init: Init) -> None:
+@pytest.mark.oracle("scipy: cont2discrete", "s4d")
+def test_against_scipy(held: Any, init: Init) -> None:
     torch.manual_seed(0)
-    mixer = S4D(3, d_state=8, init=init).double()
-    x = torch.randn(2, 257, 3, dtype=torch.float64)
-    k = kernels(mixer, 257)[0]
-    expected = np.stack([[np.convolve(x[b, :, d], k[d])[:257] for d in range(3)] for b in range(2)]).swapaxes(1, 2)
-    y, _ = mixer(x)
-    torch.testing.assert_close(y, finish(mixer, x, expected), rtol=1e-9, atol=1e-9)
+    mixer = S4D(3, d_state=8, init=init).double().requires_grad_(False)
+    x = torch.randn(2, 257, 3, dtype=torch.float64, requires_grad=True)
+    toeplitz = np.stack([scipy.linalg.toeplitz(k, np.zeros(257)) for k in kernels(mixer, 257)[0]])
+    expected = finish(mixer, x, torch.einsum("dts,bsd->btd", torch.from_numpy(toeplitz), x))
+    (y, state), left = mixer(x), last_states(mixer, x.detach().numpy())
+    held(x, (y, state["h"]), (expected, left))
+    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(state["h"], left, rtol=1e-9, atol=1e-9)
+    dy = torch.randn_like(y)
+    torch.testing.assert_close(*(torch.autograd.grad(t, x, dy)[0] for t in (y, expected)), rtol=1e-8, atol=1e-8)
 
 
 @torch.no_grad()

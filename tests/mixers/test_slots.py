@@ -83,6 +83,7 @@ def build(name: str, dim: int, dtype: torch.dtype, **options: Any) -> Any:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(("name", "dim", "length", "options"), CASES)
+@pytest.mark.oracle("definition: token by token")
 def test_against_the_definition(
     same_as: Any, in_small_blocks: None, name: str, dim: int, length: int, options: dict[str, Any], batch: int
 ) -> None:
@@ -93,6 +94,7 @@ def test_against_the_definition(
 
 
 @pytest.mark.parametrize(("dim", "length", "options"), [case[1:] for case in CASES[:2]])
+@pytest.mark.oracle("fla: naive_recurrent_gsa", "gsa")
 def test_gsa_against_flash_linear_attention(same_as: Any, dim: int, length: int, options: dict[str, Any]) -> None:
     naive = pytest.importorskip("fla.ops.gsa.naive")
     m = build("gsa", dim, torch.float32, **options)
@@ -103,6 +105,7 @@ def test_gsa_against_flash_linear_attention(same_as: Any, dim: int, length: int,
 
 
 @pytest.mark.parametrize(("dim", "length", "options"), [case[1:] for case in CASES[3:5]])
+@pytest.mark.oracle("fla: naive_recurrent_gsa, ungated", "abc")
 def test_abc_against_flash_linear_attention(same_as: Any, dim: int, length: int, options: dict[str, Any]) -> None:
     """Their recurrence, with the state, and their plain sums over all tokens."""
     gsa_naive, abc_naive = (pytest.importorskip(f"fla.ops.{name}.naive") for name in ("gsa", "abc"))
