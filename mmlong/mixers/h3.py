@@ -20,22 +20,20 @@ input matrices are part of the readouts, and the skip of the shift is part of it
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
-from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from mmlong.layout import Layout
-from mmlong.mixers.contract import Mixer, register_mixer
-from mmlong.mixers.s4d import Init, initial_frequencies
+from mmlong.mixers.contract import register_mixer
 from mmlong.mixers.state import State
-from mmlong.ops.diagonal import diagonal_recurrence
+from mmlong.mixers.state_space import Init, StateSpace
+from mmlong.ops.diagonal import diagonal_recurrence, multiply
 from mmlong.ops.short_conv import short_conv
 
-LEAST = -1 + 1e-12
-"""A squared mode less one is at least this, so that its logarithm is finite."""
+LEAST = 1e-30
+"""Of a squared mode, so that its logarithm is finite."""
 
 
 @register_mixer(
@@ -43,7 +41,7 @@ LEAST = -1 + 1e-12
     paper="Fu et al. 2022, arXiv 2212.14052",
     note="bilinear as the authors' code; B = 1, part of C; proved against scipy's bilinear rule and shift matrices simulated",
 )
-class H3(Mixer):
+class H3(StateSpace):
     """The H3 layer.
 
     Args:
@@ -60,13 +58,6 @@ class H3(Mixer):
             0 < dt_min <= dt_max.
     """
 
-    optim_hints: ClassVar[dict[str, dict[str, float]]] = {
-        "log_dt": {"weight_decay": 0.0, "lr_scale": 0.1},
-        "log_A_real": {"weight_decay": 0.0, "lr_scale": 0.1},
-        "A_imag": {"weight_decay": 0.0, "lr_scale": 0.1},
-        "D": {"weight_decay": 0.0},
-    }
-
     def __init__(
         self,
         dim: int,
@@ -79,26 +70,23 @@ class H3(Mixer):
         dt_max: float = 1e-1,
         chunk: int | None = None,
     ) -> None:
-        super().__init__(dim, causal=causal)
-        if d_state < 2 or d_state % 2:
-            raise ValueError(f"h3: d_state must be even (conjugate pairs) and at least 2, got {d_state}")
         if head_dim < 1 or dim % head_dim:
             raise ValueError(f"h3: head_dim must divide dim {dim}, got {head_dim}")
-        if init not in get_args(Init):
-            raise ValueError(f"h3: unknown init {init!r}; use one of {', '.join(get_args(Init))}")
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(f"h3: steps must satisfy 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
-        if chunk is not None and chunk < 1:
-            raise ValueError(f"h3: chunk must be at least 1, got {chunk}")
-        self.d_state, self.head_dim, self.heads = d_state, head_dim, dim // head_dim
-        self.init, self.dt_range, self.chunk = init, (dt_min, dt_max), chunk
-        modes = d_state // 2
+        self.head_dim, self.heads = head_dim, dim // head_dim
+        super().__init__(
+            dim,
+            causal=causal,
+            name="h3",
+            systems=(self.heads,),
+            readouts=(self.heads,),
+            d_state=d_state,
+            init=init,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            chunk=chunk,
+        )
         self.in_proj = nn.Linear(dim, 3 * dim)
         self.shift = nn.Parameter(torch.empty(dim, d_state))
-        self.log_dt = nn.Parameter(torch.empty(self.heads))
-        self.log_A_real = nn.Parameter(torch.empty(self.heads, modes))
-        self.A_imag = nn.Parameter(torch.empty(self.heads, modes))
-        self.C = nn.Parameter(torch.empty(self.heads, modes, 2))
         self.D = nn.Parameter(torch.empty(self.heads))
         self.out_proj = nn.Linear(dim, dim)
         self.reset_parameters()
@@ -109,11 +97,7 @@ class H3(Mixer):
         bound = self.d_state**-0.5
         nn.init.uniform_(self.shift, -bound, bound)
         self.shift[:, -1].add_(torch.randn_like(self.shift[:, -1]))
-        low, high = self.dt_range
-        self.log_dt.uniform_(math.log(low), math.log(high))
-        self.log_A_real.fill_(math.log(0.5))
-        self.A_imag.copy_(initial_frequencies(self.init, self.d_state).expand_as(self.A_imag))
-        self.C.normal_(std=0.5**0.5)
+        self.reset_system()
         self.D.normal_()
 
     def state_bytes(self, length: int) -> int:
@@ -124,13 +108,15 @@ class H3(Mixer):
         dt = self.log_dt.to(dtype).exp()[:, None]
         # Half of dt A is x + iy.
         x, y = -dt * self.log_A_real.to(dtype).exp() / 2, dt * self.A_imag.to(dtype) / 2
-        size = (1 - x).square() + y.square()
-        decay = torch.log1p((4 * x / size).clamp_min(LEAST)) / 2
+        size, left = (1 - x).square() + y.square(), (1 + x).square() + y.square()
+        # The logarithm of left / size by its difference from 1, which keeps the digits of slow modes, or as it stands, which keeps those of fast ones.
+        change = 4 * x / size
+        fast = change < -0.5
+        slow = torch.log1p(torch.where(fast, -0.5, change))
+        decay = torch.where(fast, (left.clamp_min(LEAST) / size).log(), slow) / 2
         angle = torch.atan2(y, 1 + x) + torch.atan2(y, 1 - x)
-        b_real, b_imag = dt * (1 - x) / size, dt * y / size
-        c_real, c_imag = self.C.to(dtype).unbind(-1)
-        c = torch.stack([c_real * b_real - c_imag * b_imag, c_real * b_imag + c_imag * b_real], -1)
-        return torch.stack([decay, angle], -1), c
+        b = torch.stack([dt * (1 - x) / size, dt * y / size], -1)
+        return torch.stack([decay, angle], -1), multiply(self.C.to(dtype), b)
 
     def mix(self, x: Tensor, state: State, layout: Layout | None) -> tuple[Tensor, State]:
         tail, h = (None, None) if state is None else (state["shift"], state["h"].flatten(0, 1))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from mmlong.layout import Layout
 from mmlong.mixers import S4D, create_mixer
-from mmlong.mixers.s4d import Init, initial_frequencies
+from mmlong.mixers.state_space import Init, initial_frequencies
 
 
 def kernels(mixer: S4D, length: int) -> np.ndarray:
