@@ -220,10 +220,11 @@ class Performer(_Kernelised):
         d = t.shape[-1]
         t = t.to(dtype) * d**-0.25
         with torch.autocast(t.device.type, enabled=False):
-            raw = t @ self.projection.to(dtype).mT - 0.5 * t.square().sum(-1, keepdim=True)
+            raw = t @ self.projection.to(dtype).mT
         largest = raw.amax(-1, keepdim=True)
         found = (raw - largest).exp() * self.n_features**-0.5
-        return found, largest.squeeze(-1) if key else None
+        # The square of the length is the same for all features, and for long keys so large that differences would drown in it.
+        return found, (largest - 0.5 * t.square().sum(-1, keepdim=True)).squeeze(-1) if key else None
 
 
 @register_mixer(
