@@ -1,6 +1,6 @@
 """Causal depthwise short convolution, channels last, with the tail of the past as its state.
 
-Definition, for every channel ``d`` (each has its own ``K`` taps, the last tap is the present):
+Definition, for every channel ``d`` (each, or each group of neighbours, has its own ``K`` taps; the last tap is the present):
 
     y_t[d] = bias[d] + sum_{k=0..K-1} weight[d, K-1-k] x_{t-k}[d],      optionally y <- silu(y)
 
@@ -9,22 +9,30 @@ arXiv 2212.14052; Mamba, arXiv 2312.00752) with ``K = 4``.
 
 Fast form: ``K`` shifted multiply-adds over blocks of tokens that stay in the cache, directly on ``(B, L, D)``, where a library convolution wants
 ``(B, D, L)`` and copies both ways. A few tokens of a narrow ``D`` are folded into one row so that the inner loops are long. The backward is written out and
-recomputes what comes before the activation.
+recomputes what comes before the activation. More than ``SHIFTED_TAPS`` taps go by products of matrices (:mod:`mmlong.ops.toeplitz_conv`).
+
+Documents (resets) are moved apart by ``K - 1`` zeros, which nothing reaches across; where that would more than double the sequence, each tap is masked instead, in stretches that the backward
+recomputes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from mmlong.layout import Layout
 from mmlong.ops.backends import Backend
+from mmlong.ops.places import gather, spread
 from mmlong.ops.short_conv_backends import SHORT_CONV, choose_short_conv
+from mmlong.ops.tails import tail_after
+from mmlong.ops.toeplitz_conv import toeplitz_conv
 
 Activation = Literal["silu"] | None
 
@@ -34,12 +42,16 @@ BLOCK_ELEMENTS = 1 << 19
 ROW_ELEMENTS = 512
 """Tokens are folded into rows of at least this many elements."""
 
+SHIFTED_TAPS = 32
+"""Up to so many taps, shifted multiply-adds take less time than products of matrices."""
+
 
 def short_conv_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, tail: Tensor | None = None, activation: Activation = None
 ) -> tuple[Tensor, Tensor]:
     """The definition, without a layout; arguments and results as :func:`short_conv`."""
     K = weight.shape[1]
+    weight = _each(weight, x.shape[2])
     padded = torch.cat([_zero_tail(x, K) if tail is None else tail.to(x.dtype), x], dim=1)
     y = sum((padded[:, i : i + x.shape[1]] * weight[:, i] for i in range(K)), torch.zeros_like(x))
     y = y if bias is None else y + bias
@@ -59,10 +71,10 @@ def short_conv(
 
     Args:
         x: ``(B, L, D)``; fastest where each row is contiguous.
-        weight: ``(D, K)``, K >= 1; ``weight[:, -1]`` multiplies the present token.
+        weight: ``(D, K)``, K >= 1; ``weight[:, -1]`` multiplies the present token. Or ``(G, K)``, G dividing D: channels ``d`` share taps ``d // (D // G)``.
         bias: ``(D,)`` or ``None``.
         tail: the last ``K - 1`` inputs of the past ``(B, K - 1, D)``, oldest first, or ``None`` from the beginning.
-        layout: lengths and resets are honoured.
+        layout: lengths and resets are honoured. Many taps and documents much shorter than them cost as if those were that long.
         activation: ``"silu"`` to apply it in the same pass, or ``None``.
         backend: a name that ``mmlong doctor`` lists, or ``auto`` for the best that can run here.
 
@@ -76,7 +88,7 @@ def short_conv(
     """
     B, _, D = x.shape
     K = weight.shape[1]
-    if weight.shape[0] != D:
+    if not weight.shape[0] or D % weight.shape[0]:
         raise ValueError(f"short_conv: weight is {tuple(weight.shape)}, x has D = {D} channels")
     if tail is not None and tuple(tail.shape) != (B, K - 1, D):
         raise ValueError(f"short_conv: tail is {tuple(tail.shape)}, expected (B, K - 1, D) = {(B, K - 1, D)}")
@@ -84,7 +96,8 @@ def short_conv(
         raise ValueError(f"short_conv: unknown activation {activation!r}; use 'silu' or None")
     if layout is not None and (layout.lengths is not None or layout.resets is not None):
         return _with_layout(x, weight, bias, tail, layout, activation, backend)
-    return _choose(x, weight, False, backend).run(x, weight, bias, tail, activation)
+    chosen = _choose(x, weight, False, backend)
+    return chosen.run(x, weight if chosen.name == "portable" else _each(weight, D), bias, tail, activation)
 
 
 def _choose(x: Tensor, weight: Tensor, resets: bool, backend: str) -> Backend:
@@ -93,15 +106,24 @@ def _choose(x: Tensor, weight: Tensor, resets: bool, backend: str) -> Backend:
     return choose_short_conv(x, weight, resets, backend)
 
 
+def _each(weight: Tensor, D: int) -> Tensor:
+    """The taps of every channel ``(D, K)``."""
+    times = D // weight.shape[0]
+    return weight if times == 1 else weight.repeat_interleave(times, 0)
+
+
 def _portable(
     x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, activation: Activation
 ) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         # A compiler fuses the shifts by itself, and a GPU's cache is not blocked from Python.
-        return _plain(x, weight, bias, tail, activation)
+        form = _plain if weight.shape[1] <= SHIFTED_TAPS else _many_taps
+        return form(x, weight, bias, tail, activation)
     if x.shape[1] == 1 and not torch.is_grad_enabled():
-        return _one_token(x, weight, bias, tail, activation)
-    return _ShortConv.apply(x, weight, bias, tail, activation)
+        return _one_token(x, _each(weight, x.shape[2]), bias, tail, activation)
+    if weight.shape[1] > SHIFTED_TAPS:
+        return _many_taps(x, weight, bias, tail, activation)
+    return _ShortConv.apply(x, _each(weight, x.shape[2]), bias, tail, activation)
 
 
 SHORT_CONV.register(Backend("portable", _portable, masks=frozenset({"resets"}), note="default on a CPU"))
@@ -134,13 +156,24 @@ def _plain(
 ) -> tuple[Tensor, Tensor]:
     """Shifted multiply-adds in operations that autograd and compilers understand."""
     K, L, dtype = weight.shape[1], x.shape[1], _state_dtype(x.dtype)
-    taps = weight.to(dtype)
+    taps = _each(weight, x.shape[2]).to(dtype)
     padded = torch.cat([_zero_tail(x, K) if tail is None else tail, x.to(dtype)], dim=1)
     y = padded[:, K - 1 :] * taps[:, K - 1]
     for k in range(1, K):
         y = y + padded[:, K - 1 - k : K - 1 - k + L] * taps[:, K - 1 - k]
     y = y if bias is None else y + bias.to(dtype)
     return _finish(y, activation).to(x.dtype), padded[:, L:]
+
+
+def _many_taps(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, activation: Activation
+) -> tuple[Tensor, Tensor]:
+    """By products of Toeplitz matrices."""
+    dtype = _state_dtype(x.dtype)
+    before = (_zero_tail(x, weight.shape[1]) if tail is None else tail).to(dtype)
+    y = toeplitz_conv(x, weight, before)
+    y = y if bias is None else y + bias.to(dtype)
+    return _finish(y, activation).to(x.dtype), tail_after(x, before, None)
 
 
 def _with_layout(
@@ -152,35 +185,70 @@ def _with_layout(
     activation: Activation,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    B, L, D = x.shape
-    K, dtype = weight.shape[1], _state_dtype(x.dtype)
+    K, documents = weight.shape[1], layout.documents()
+    before = (_zero_tail(x, K) if tail is None else tail).to(_state_dtype(x.dtype))
+    after = tail_after(x, before, layout)
+    if documents is None or K == 1:
+        return short_conv(x, weight, bias, tail, None, activation, backend)[0], after
+    _choose(x, weight, True, backend)
+    given = (x, _each(weight, x.shape[2]), bias, before)
+    if torch.compiler.is_compiling():
+        return _masked(*given, documents, activation), after
+    if x.device.type == "cpu":
+        # As many zeros before a document as its first token's taps reach back.
+        places = torch.arange(x.shape[1]) + (K - 1) * documents
+        longer = int(places[:, -1].max()) + 1
+        if longer <= 2 * x.shape[1]:
+            return _apart(x, weight, bias, before, places, longer, activation), after
+    return _in_stretches(*given, documents, activation), after
+
+
+def _apart(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, places: Tensor, longer: int, activation: Activation
+) -> Tensor:
+    """Documents moved to ``places (B, L)`` of a sequence of ``longer`` tokens, where zeros lie between them, and back."""
+    y, _ = _portable(spread(x, places, longer), weight, bias, tail, activation)
+    return gather(y, places)
+
+
+def _masked(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tail: Tensor,
+    documents: Tensor,
+    activation: Activation,
+) -> Tensor:
+    """Shifted multiply-adds, each masked by whether the tap's document is the token's: ``documents`` ``(B, L)``, 0 that of the tail."""
+    L, K, dtype = x.shape[1], weight.shape[1], tail.dtype
     taps = weight.to(dtype)
-    padded = torch.cat([_zero_tail(x, K) if tail is None else tail, x.to(dtype)], dim=1)
-    documents = layout.documents()
-    if documents is None:
-        y, _ = short_conv(x, weight, bias, tail, None, activation, backend)
-    else:
-        _choose(x, weight, True, backend)
-        documents = torch.cat([documents.new_zeros(B, K - 1), documents], dim=1)
-        y = padded[:, K - 1 :] * taps[:, K - 1]
-        for k in range(1, K):
-            there = slice(K - 1 - k, K - 1 - k + L)
-            same = documents[:, there] == documents[:, K - 1 :]
-            y = y + torch.where(same[..., None], padded[:, there], 0) * taps[:, K - 1 - k]
-        y = _finish(y if bias is None else y + bias.to(dtype), activation).to(x.dtype)
-    if K == 1:
-        return y, padded[:, :0]
-    if layout.lengths is None:
-        after = padded[:, L:]
-        last = documents[:, L:] if documents is not None else None
-    else:
-        # In the padded row, the K - 1 inputs that precede position `length` begin at index `length`.
-        index = layout.lengths[:, None] + torch.arange(K - 1, device=x.device)
-        after = padded.gather(1, index[..., None].expand(-1, -1, D))
-        last = documents.gather(1, index) if documents is not None else None
-    if last is not None:
-        after = torch.where((last == last[:, -1:])[..., None], after, 0)
-    return y, after
+    padded = torch.cat([tail, x.to(dtype)], dim=1)
+    documents = F.pad(documents, (K - 1, 0))
+    y = padded[:, K - 1 :] * taps[:, K - 1]
+    for k in range(1, K):
+        there = slice(K - 1 - k, K - 1 - k + L)
+        same = documents[:, there] == documents[:, K - 1 :]
+        y = y + torch.where(same[..., None], padded[:, there], 0) * taps[:, K - 1 - k]
+    return _finish(y if bias is None else y + bias.to(dtype), activation).to(x.dtype)
+
+
+def _in_stretches(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, documents: Tensor, activation: Activation
+) -> Tensor:
+    """:func:`_masked` over stretches of tokens, each recomputed in the backward, for the memory of one."""
+    again = partial(checkpoint, _masked, use_reentrant=False, preserve_rng_state=False)
+    B, L, D = x.shape
+    step = max(weight.shape[1], BLOCK_ELEMENTS // (B * D)) if x.device.type == "cpu" else L
+    outputs = []
+    for i in range(0, L, step):
+        part, inside = x[:, i : i + step], documents[:, i : i + step]
+        # Counted from what the stretch before ended in, of which the tail may hold several.
+        first = documents[:, i - 1 : i] if i else torch.zeros_like(documents[:, :1])
+        outputs.append(again(part, weight, bias, tail, inside - first, activation))
+        if i + step < L:
+            ended = Layout(resets=torch.diff(inside, dim=1, prepend=first) > 0)
+            tail = tail_after(part, tail, ended)
+    return torch.cat(outputs, 1)
 
 
 # The blocked form
@@ -279,11 +347,10 @@ class _ShortConv(torch.autograd.Function):
                 F.silu(out, inplace=True)
             if out is not direct:
                 direct.copy_(out)
-        after = torch.cat([before, x[:, max(0, L - K + 1) :].to(dtype)], dim=1)
         ctx.save_for_backward(x, weight, bias, before)
         ctx.activation, ctx.has_tail = activation, tail is not None
         ctx.set_materialize_grads(False)
-        return y, after[:, after.shape[1] - (K - 1) :].clone()
+        return y, tail_after(x, before, None)
 
     @staticmethod
     @once_differentiable

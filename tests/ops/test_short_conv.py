@@ -100,6 +100,54 @@ def test_pieces_lengths_and_resets(data: st.DataObject) -> None:
         torch.testing.assert_close(last, after)
 
 
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("often", [0.02, 0.5])
+@pytest.mark.parametrize(("K", "G"), [(4, 6), (7, 2), (40, 6), (70, 1)])
+def test_documents_of_a_row(K: int, G: int, often: float) -> None:
+    """Far apart they are moved apart, close together each tap is masked; both with gradients, the tail's too."""
+    B, L, D = 2, 130, 6
+    x, _, b, tail = make(B, L, D, K)
+    w = torch.randn(G, K, dtype=torch.float64, requires_grad=True)
+    resets = torch.rand(B, L, generator=torch.Generator().manual_seed(K)) < often
+    resets[0, 0] = False
+    y, after = short_conv(x, w, b, tail, Layout(resets=resets), "silu")
+    rows, ends = [], []
+    for r in range(B):
+        parts, past = [], tail[r : r + 1]
+        for start, stop in itertools.pairwise([0, *[t for t in range(1, L) if resets[r, t]], L]):
+            if resets[r, start]:
+                past = torch.zeros_like(past)
+            part, past = short_conv_reference(x[r : r + 1, start:stop], w, b, past, "silu")
+            parts.append(part)
+        rows.append(torch.cat(parts, 1))
+        ends.append(past)
+    want, want_after = torch.cat(rows), torch.cat(ends)
+    torch.testing.assert_close(y, want)
+    torch.testing.assert_close(after, want_after)
+    leaves, given = [x, w, b, tail], [torch.randn_like(y), torch.randn_like(after)]
+    got = torch.autograd.grad([y, after], leaves, given)
+    for mine, theirs in zip(got, torch.autograd.grad([want, want_after], leaves, given), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("K", [4, 64])
+@pytest.mark.parametrize("documents", [8, 128, 4096])
+def test_documents_keep_little_for_the_backward(K: int, documents: int) -> None:
+    """The inputs, or twice as much with zeros between them, and matrices of the taps; a masked copy for each tap would be K times the inputs."""
+    x, w, _, _ = make(1, 8192, 32, K, torch.float32)
+    resets = torch.zeros(1, 8192, dtype=torch.bool)
+    resets[0, :: 8192 // documents] = True
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        short_conv(x, w, layout=Layout(resets=resets))
+    assert sum(kept.values()) < 2.6 * x.untyped_storage().nbytes()
+
+
 def test_one_token_at_a_time_without_grad() -> None:
     x, w, b, tail = make(2, 9, 4, 4, grad=False)
     expected, expected_after = short_conv_reference(x, w, b, tail, "silu")
