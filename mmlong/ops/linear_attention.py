@@ -15,7 +15,7 @@ Chunk form, with ``a_t`` the sum of ``g`` from the chunk's beginning, ``s_t = a_
     S_Q  = exp(a_Q) S_0 + (exp(a_Q - s) * V)^T K
 
 The input scale rides in the exponent and the skip on the diagonal, so neither costs a pass over the tokens. Exponents are differences over ``s <= t``: nothing
-overflows at any decay; a weight's relative error is the spacing of floats at the sum of ``g`` over the chunk. Blocks of a few chunks run through the caches; where states are small, those at a block's
+overflows at any decay; a weight's relative error is the spacing of floats at the sum of ``g`` over the chunk (between chunks, where sums are longer, they are float64's). Blocks of a few chunks run through the caches; where states are small, those at a block's
 boundaries come from one triangular product instead of a loop. The backward is written out: it keeps the inputs, the output and the states between chunks, and recomputes the rest. The gradient of ``a_t`` needs no
 sum over pairs, since every path through ``a_t`` as a query's side ends in ``y_t`` and as a key's side begins in ``v_t``:
 
@@ -37,6 +37,7 @@ from torch.autograd.function import once_differentiable
 
 from mmlong.layout import Layout
 from mmlong.ops.backends import Backend, Request, span
+from mmlong.ops.decayed_pairs import LEAST
 from mmlong.ops.linear_attention_backends import LINEAR_ATTENTION, Recurrence, preferred
 from mmlong.ops.linear_attention_whole import stretches, whole
 
@@ -102,7 +103,7 @@ def scalar_decay_attention(
         q: queries ``(B, L, G, N)``; head ``h`` reads group ``h // (H // G)``.
         k: keys ``(B, L, G, N)``.
         v: values ``(B, L, H, P)``.
-        g: log decay ``(B, L, H)``, <= 0 and finite.
+        g: log decay ``(B, L, H)``, <= 0; below ``LEAST`` as ``LEAST``.
         log_input: log of the scale that writes get ``(B, L, H)`` (``-inf`` writes nothing), or ``None`` for 1.
         skip: ``(H,)``, how much of its own value each output adds, or ``None``.
         state: ``(B, H, P, N)``, or ``None`` from the beginning.
@@ -138,7 +139,7 @@ def scalar_decay_attention(
             f"scalar_decay_attention: rate is {tuple(rate.shape)}, expected (H,) = ({H},), beside log_input"
         )
     dtype = torch.promote_types(v.dtype, torch.float32)
-    g = g.to(dtype)
+    g = g.to(dtype).clamp_min(LEAST)
     log_input = None if log_input is None else log_input.to(dtype)
     skip = None if skip is None else skip.to(dtype)
     state = v.new_zeros(B, H, P, N, dtype=dtype) if state is None else state.to(dtype)
@@ -348,9 +349,10 @@ class _Chunks:
                 here, there = (c + 1, c) if back else (c, c + 1)
                 torch.addcmul(terms[:, c], sums[:, here], decay[:, c], out=sums[:, there])
             return sums
-        ends = torch.zeros(R, H, n + 1, dtype=self.dtype)
-        torch.cumsum(self.total.view(R, n, H).transpose(1, 2), -1, out=ends[..., 1:])
-        weights = torch.sub(ends[..., :, None], ends[..., None, :]).exp2_().tril_()  # (R, H, n + 1, n + 1)
+        # In float64: after thousands of strong decays a weak one is beyond float32's digits.
+        ends = torch.zeros(R, H, n + 1, dtype=torch.float64)
+        torch.cumsum(self.total.view(R, n, H).transpose(1, 2), -1, dtype=torch.float64, out=ends[..., 1:])
+        weights = torch.sub(ends[..., :, None], ends[..., None, :]).to(self.dtype).exp2_().tril_()  # (R, H, n + 1, n + 1)
         if self.boundary is not None:
             weights.masked_fill_((self.boundary[:, :, None] != self.boundary[:, None, :])[:, None], 0)
         both = torch.empty(R, H, n + 1, self.P * self.N, dtype=self.dtype)

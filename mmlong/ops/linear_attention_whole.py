@@ -43,7 +43,9 @@ def whole(
     a = chunks(g).cumsum(2).movedim(3, 1)  # (B, H, C, Q)
     s = a - chunks(log_input, -math.inf).movedim(3, 1)
     total = a[..., -1]
-    ends = torch.nn.functional.pad(total.cumsum(-1), (1, 0))  # (B, H, C + 1), log decay up to each boundary
+    # Log decay up to each boundary (B, H, C + 1); in float64, since after thousands of strong decays a weak one is beyond float32's digits.
+    exact = dtype if v.device.type == "mps" else torch.float64
+    ends = torch.nn.functional.pad(total.cumsum(-1, dtype=exact), (1, 0))
     future = torch.ones(size, size, dtype=torch.bool, device=v.device).triu(1)
     later = torch.ones(C + 1, C + 1, dtype=torch.bool, device=v.device).triu(1)
     cut_pairs, cut_ends = future, later
@@ -59,7 +61,7 @@ def whole(
         cut_out = inside != inside[..., -1:]
     none = -math.inf
     decay = (a[..., :, None] - s[..., None, :]).masked_fill(cut_pairs, none).exp()
-    across = (ends[..., :, None] - ends[..., None, :]).masked_fill(cut_ends, none).exp()
+    across = (ends[..., :, None] - ends[..., None, :]).to(dtype).masked_fill(cut_ends, none).exp()
     log_out = total[..., None] - s
     into, out = a if cut_in is None else a.masked_fill(cut_in, none), log_out
     out = out if cut_out is None else out.masked_fill(cut_out, none)

@@ -152,7 +152,7 @@ def test_traced_form(sizes: tuple[int, ...], optional: bool) -> None:
 def test_any_decay_is_finite(form: str) -> None:
     """Decays from none to all within a chunk: exponents of either sign would overflow in factored form.
 
-    The sum of ``g`` reaches -3,700 in a chunk, whose float32 spacing, 2e-4, is the relative error of a weight.
+    The sum of ``g`` reaches -1,300 in a chunk, whose float32 spacing, 1e-4, is the relative error of a weight.
     """
     inputs = make(1, 130, 2, 1, 4, 4, torch.float32)
     g = -torch.tensor([0.0, 1e-6, 30.0, 200.0]).repeat(66)[: 130 * 2].view(1, 130, 2)
@@ -160,9 +160,23 @@ def test_any_decay_is_finite(form: str) -> None:
     tensors = [inputs[name] for name in NAMES]
     got = scalar_decay_attention(**inputs, chunk=64) if form == "blocks" else whole(*tensors, None, 64)
     want = scalar_decay_reference(**{name: t.detach().double() for name, t in inputs.items()})
-    torch.testing.assert_close(got[0].double(), want[0], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(got[0].double(), want[0], rtol=5e-4, atol=5e-4)
     for gradient in torch.autograd.grad(got[0].square().sum(), list(inputs.values())):
         assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("form", ["blocks", "plain"])
+def test_weak_decays_after_strong_ones(form: str) -> None:
+    """Within a block of chunks the log decays come to -24,000, where float32 counts in steps of 2e-3; what is remembered afterwards hangs on thousandths."""
+    inputs = make(1, 1024, 1, 1, 4, 4, torch.float32, grad=False)
+    g = torch.full((1, 1024, 1), -1e-3)
+    g[:, :480] = -50.0
+    inputs["g"] = g
+    tensors = [inputs[name] for name in NAMES]
+    got = scalar_decay_attention(**inputs, chunk=32) if form == "blocks" else whole(*tensors, None, 32)
+    want = scalar_decay_reference(**{name: t.double() for name, t in inputs.items()})
+    for a, b in zip(got, want, strict=True):
+        assert float((a - b).norm() / b.norm()) < 2e-5
 
 
 def test_nothing_written_at_minus_infinity() -> None:
