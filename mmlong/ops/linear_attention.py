@@ -352,7 +352,8 @@ class _Chunks:
         # In float64: after thousands of strong decays a weak one is beyond float32's digits.
         ends = torch.zeros(R, H, n + 1, dtype=torch.float64)
         torch.cumsum(self.total.view(R, n, H).transpose(1, 2), -1, dtype=torch.float64, out=ends[..., 1:])
-        weights = torch.sub(ends[..., :, None], ends[..., None, :]).to(self.dtype).exp2_().tril_()  # (R, H, n + 1, n + 1)
+        apart = torch.sub(ends[..., :, None], ends[..., None, :]).to(self.dtype)  # (R, H, n + 1, n + 1)
+        weights = apart.exp2_().tril_()
         if self.boundary is not None:
             weights.masked_fill_((self.boundary[:, :, None] != self.boundary[:, None, :])[:, None], 0)
         both = torch.empty(R, H, n + 1, self.P * self.N, dtype=self.dtype)
