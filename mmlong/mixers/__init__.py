@@ -37,6 +37,7 @@ from mmlong.mixers.rnn import GRU, LSTM
 from mmlong.mixers.rwkv4 import RWKV4, AFTSimple
 from mmlong.mixers.rwkv6 import RWKV6
 from mmlong.mixers.rwkv7 import RWKV7
+from mmlong.mixers.s4 import S4
 from mmlong.mixers.s4d import S4D
 from mmlong.mixers.sgconv import SGConv
 from mmlong.mixers.slots import ABC, GSA
@@ -50,6 +51,7 @@ from mmlong.mixers.state import (
     state_tensors,
     state_to,
 )
+from mmlong.mixers.striped_hyena import StripedHyena2
 
 __all__ = [
     "ABC",
@@ -69,6 +71,7 @@ __all__ = [
     "RWKV4",
     "RWKV6",
     "RWKV7",
+    "S4",
     "S4D",
     "S5",
     "AFTSimple",
@@ -93,6 +96,7 @@ __all__ = [
     "RetNet",
     "SGConv",
     "State",
+    "StripedHyena2",
     "Traits",
     "create_mixer",
     "detach_state",

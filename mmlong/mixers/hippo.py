@@ -10,6 +10,16 @@ import torch
 from torch import Tensor
 
 
+def hippo_legs(size: int) -> tuple[Tensor, Tensor]:
+    """The matrix A and the input's column B: ``(size, size)`` and ``(size,)``, float64.
+
+    ``A_nk = -sqrt(2n + 1) sqrt(2k + 1)`` for ``n > k``, ``-(n + 1)`` for ``n = k``, else 0; ``B_n = sqrt(2n + 1)``.
+    """
+    root = (2 * torch.arange(size, dtype=torch.float64) + 1).sqrt()
+    below = torch.outer(root, root).tril(-1)
+    return -below - torch.diag(torch.arange(size, dtype=torch.float64) + 1), root
+
+
 def hippo_modes(size: int) -> tuple[Tensor, Tensor]:
     """One of each conjugate pair of HiPPO-N's eigenvalues, slowest first, and their eigenvectors.
 
@@ -26,3 +36,18 @@ def hippo_modes(size: int) -> tuple[Tensor, Tensor]:
     frequencies, vectors = torch.linalg.eigh(-1j * skew)
     frequencies, vectors = frequencies[size // 2 :], vectors[:, size // 2 :]
     return torch.complex(torch.full_like(frequencies, -0.5), frequencies), vectors.clone()
+
+
+def hippo_low_rank(size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``A = V (Lambda - P P*) V*`` and ``B`` of HiPPO-LegS in the basis of HiPPO-N's eigenvectors ``V``; one of each conjugate pair.
+
+    Args:
+        size: of the matrix, even.
+
+    Returns:
+        ``Lambda``, ``P = V* p`` and ``V* B``, each ``(size / 2,)``, complex128.
+    """
+    values, vectors = hippo_modes(size)
+    _, b = hippo_legs(size)
+    into = vectors.mH @ b.to(vectors.dtype)
+    return values, into / 2**0.5, into  # p is B over the root of 2

@@ -84,6 +84,8 @@ NEARER: dict[str, Nearer] = {
         {"max_length": 100, "kernel_dim": 4, "decay_max": 3.0}, {"mmlong.ops.long_conv.BLOCK_ELEMENTS": 1 << 12}
     ),
     "s5": Nearer({"d_state": 12, "blocks": 3}, SCANNED),
+    "s4": Nearer({"chunk": 8, "d_state": 6}),
+    "stripedhyena2": Nearer({"form": "mr", "taps": 40}, {"mmlong.ops.toeplitz_conv.BLOCK_ELEMENTS": 1 << 11, **BLOCKS}),
     "s4d": Nearer({"chunk": 8, "d_state": 6, "init": "legs"}),
 }
 
