@@ -52,6 +52,7 @@ from mmlong.mixers.state import (
     state_to,
 )
 from mmlong.mixers.striped_hyena import StripedHyena2
+from mmlong.mixers.tcn import TCN
 
 __all__ = [
     "ABC",
@@ -74,6 +75,7 @@ __all__ = [
     "S4",
     "S4D",
     "S5",
+    "TCN",
     "AFTSimple",
     "Attention",
     "Based",

@@ -86,6 +86,7 @@ NEARER: dict[str, Nearer] = {
     "s5": Nearer({"d_state": 12, "blocks": 3}, SCANNED),
     "s4": Nearer({"chunk": 8, "d_state": 6}),
     "stripedhyena2": Nearer({"form": "mr", "taps": 40}, {"mmlong.ops.toeplitz_conv.BLOCK_ELEMENTS": 1 << 11, **BLOCKS}),
+    "tcn": Nearer({"dilations": [1, 5, 2], "kernel_size": 3, "channels": 3}, BLOCKS),
     "s4d": Nearer({"chunk": 8, "d_state": 6, "init": "legs"}),
 }
 
