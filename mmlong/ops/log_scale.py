@@ -85,8 +85,8 @@ def log_scale(
     held = before > NOTHING / 2
     if first is not None:
         held = held & ~first
-    # Where nothing is held nothing decays.
-    log_decay = torch.where(held, decay + before - scale, 0).clamp_min(LEAST)
+    # Where nothing is held nothing decays. The difference first: what large units round off a small decay would add up over the tokens.
+    log_decay = torch.where(held, before - scale + decay, 0).clamp_min(LEAST)
     written = torch.where(size > NOTHING / 2, size - scale, NOTHING)
     return scale, log_decay, written
 

@@ -10,7 +10,7 @@ The exponentials of keys overflow, so numerator and denominator are kept over ``
 
     num_t = exp(m_{t-1} + w - m_t) num_{t-1} + exp(k_t - m_t) v_t,     den_t likewise with v = 1
 
-in which no exponent is positive, and the denominator is at least 1. Given ``m``, that is the recurrence of :mod:`mmlong.ops.scan`; and ``m`` itself is found by the same
+in which no exponent is positive, and the denominator is at least 1 (rounding of ``m`` aside, which the other exponents make up for). Given ``m``, that is the recurrence of :mod:`mmlong.ops.scan`; and ``m`` itself is found by the same
 walk, with maxima for sums. ``m`` cancels from the output whatever it is, so no gradient goes through it, but for the one in the state that is returned, which
 has that of the token it came from.
 """
@@ -95,7 +95,8 @@ def wkv(
         before = torch.cat([m[:, None], tops[:, :-1]], 1)
         if resets is not None:
             before = torch.where(resets[..., None], NOTHING, before)
-        past, own = (before + decay - tops).exp(), (key - tops).exp()
+        # The difference first: what a large maximum rounds off a small decay would add up over the tokens.
+        past, own = (before - tops + decay).exp(), (key - tops).exp()
         (nums, num_last), (dens, den_last) = scan(past, own * value, num, layout), scan(past, own, den, layout)
         top = torch.maximum(before, u + key).detach()
         past, own = (before - top).exp(), (u + key - top).exp()

@@ -82,9 +82,20 @@ def test_keys_of_any_size_in_float32() -> None:
     y, sums = wkv(*leaves)
     expected, _ = wkv(*(t.double() for t in leaves))
     torch.testing.assert_close(y.double(), expected, rtol=1e-3, atol=1e-3)
-    assert float(sums[1].min().detach()) >= 1 - 1e-5
+    assert float(sums[1].min().detach()) >= 0.9  # of a maximum in the thousands, decays of thousandths are rounded
     for t in (y, *sums, *torch.autograd.grad(y.sum(), leaves)):
         assert t.isfinite().all()
+
+
+def test_slow_decays_beside_large_keys_add_up() -> None:
+    """A maximum of 1,500 loses a thousandth a token, which float32 rounds by a tenth; thousands of tokens later it is still right."""
+    r = torch.Generator().manual_seed(0)
+    k = 1495 + torch.randn(1, 4000, 3, generator=r)
+    k[:, 0] = 1503
+    v, w, u = torch.randn(1, 4000, 3, generator=r), -torch.tensor([1e-3, 3e-4, 3e-5]), torch.zeros(3)
+    y, _ = wkv(k, v, w, u)
+    expected, _ = wkv(*(t.double() for t in (k, v, w, u)))
+    assert float((y - expected).abs().max()) < 5e-4 * float(expected.abs().max())
 
 
 def test_garbage_at_padding_reaches_nothing() -> None:
