@@ -73,7 +73,7 @@ class TCN(CellMixer):
         n = len(self.dilations)
         self.in_proj = nn.Linear(dim, C)
         # Taps side by side, the one furthest back (or to the left) first.
-        self.convs = nn.ModuleList(nn.Linear(k * C, 2 * C) for _ in range(n))
+        self.layers = nn.ModuleList(nn.Linear(k * C, 2 * C) for _ in range(n))
         self.residuals = nn.ModuleList(nn.Linear(C, C) for _ in range(n - 1))
         self.skip_proj = nn.Linear(n * C, dim)
         self.out_proj = nn.Linear(dim, dim, bias=False)
@@ -130,6 +130,6 @@ class TCN(CellMixer):
                 tap if place.start == left else torch.where((around[:, place] == documents)[..., None], tap, 0)
                 for tap, place in zip(taps, places, strict=True)
             ]
-        f, g = linear(torch.cat(taps, -1), w, f"convs.{i}").chunk(2, -1)
+        f, g = linear(torch.cat(taps, -1), w, f"layers.{i}").chunk(2, -1)
         z = torch.tanh(f) * torch.sigmoid(g)
         return h + linear(z, w, f"residuals.{i}") if i < len(self.residuals) else h, z

@@ -29,7 +29,7 @@ def direct(m: TCN, x: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
         reach = (k - 1) * d
         padded = F.pad(h, (reach, 0)) if m.causal else F.pad(h, (reach // 2, reach // 2))
         left.append(padded[..., h.shape[2] :].transpose(1, 2))
-        conv = m.convs[i]
+        conv = m.layers[i]
         assert isinstance(conv, nn.Linear)
         weight = conv.weight.unflatten(1, (k, m.channels)).transpose(1, 2)
         f, g = F.conv1d(padded, weight, conv.bias, dilation=d).chunk(2, 1)
