@@ -7,14 +7,14 @@ says which there are, in which order, and to whom each applies. A property is sk
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from mmlong.mixers.contract import Traits, create_mixer
-from mmlong.testing import causality, cost, gradients, isolation, layouts, module, numerics, streaming
+from mmlong.testing import causality, cost, gradients, isolation, layouts, module, numerics, streaming, stress
 from mmlong.testing.subject import Make, Subject
 from mmlong.testing.suite import Property, run_properties, wanted_properties
 
@@ -35,6 +35,7 @@ PROPERTIES: tuple[Property, ...] = (
     Property("state", streaming.state_is_as_declared),
     Property("bfloat16", numerics.bfloat16_autocast_works),
     Property("finite", numerics.large_and_flat_inputs_are_finite),
+    Property("stress", stress.near_float64_under_stress, every_dim=False),
     Property("cost", cost.cost_is_as_declared, every_dim=False),
     Property("state_dict", module.state_dict_restores, every_dim=False),
     Property("compile", module.compiles, every_dim=False),
@@ -42,6 +43,11 @@ PROPERTIES: tuple[Property, ...] = (
 )
 
 PROPERTY_NAMES: tuple[str, ...] = tuple(p.name for p in PROPERTIES)
+
+# Minutes, not seconds: only when asked for by name.
+LONG_PROPERTIES: tuple[Property, ...] = (
+    Property("long stress", stress.near_float64_under_long_stress, every_dim=False),
+)
 
 
 def check_mixer(
@@ -52,6 +58,7 @@ def check_mixer(
     options: dict[str, Any] | None = None,
     only: str | Iterable[str] | None = None,
     device: torch.device | str = "cpu",
+    prepare: Callable[[nn.Module], None] | None = None,
 ) -> tuple[str, ...]:
     """Check that a mixer (or a block, or a backbone: anything with the contract's signature) keeps the contract.
 
@@ -61,8 +68,11 @@ def check_mixer(
         traits: what it claims; default the module's own ``traits``.
         dims: widths to check. Costs and exports are checked at the first only.
         options: for ``make``, e.g. ``{"causal": False}`` for the two-sided form.
-        only: names of the properties to check (see ``PROPERTY_NAMES``); default all that the traits do not exclude.
+        only: names of the properties to check (see ``PROPERTY_NAMES``); default all that the traits do not exclude. ``"long stress"``, at
+            65,536 tokens, is checked only if it is named here.
         device: where to run.
+        prepare: called with every module that is built, after its parameters were moved: to set some of them, for example decays as strong
+            as its mechanism can have.
 
     Returns:
         names of the properties that were checked: all, but those that the traits exclude or ``only`` leaves out.
@@ -73,7 +83,7 @@ def check_mixer(
         KeyError, TypeError: an unknown name or option.
         ValueError: an unknown property, or no width.
     """
-    wanted = wanted_properties(only, PROPERTY_NAMES)
+    wanted = wanted_properties(only, PROPERTY_NAMES, tuple(p.name for p in LONG_PROPERTIES))
     given = options or {}
     if isinstance(make, str):
         registered = make
@@ -98,5 +108,5 @@ def check_mixer(
         if traits is None:
             raise ValueError(f"{name} has no traits: pass traits=Traits(...)")
     place = torch.device(device)
-    subjects = [Subject(name, build, traits, dim, place) for dim in dims]
-    return run_properties(PROPERTIES, wanted, subjects)
+    subjects = [Subject(name, build, traits, dim, place, prepare) for dim in dims]
+    return run_properties(PROPERTIES + LONG_PROPERTIES, wanted, subjects)

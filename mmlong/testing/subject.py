@@ -33,6 +33,7 @@ class Subject(Verdicts):
         traits: what it claims.
         dim: width D.
         device: where to run.
+        prepare: given each module that is built, last; or ``None``.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Subject(Verdicts):
     traits: Traits
     dim: int
     device: torch.device
+    prepare: Callable[[nn.Module], None] | None = None
     _modules: dict[torch.dtype, nn.Module] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -59,6 +61,8 @@ class Subject(Verdicts):
                 for p in module.parameters():
                     if p.is_floating_point() or p.is_complex():
                         p.add_(torch.randn_like(p) * (0.05 * p.abs() + 0.03))
+                if self.prepare is not None:
+                    self.prepare(module)
             return module.eval()
 
     def module(self, dtype: torch.dtype = torch.float64, fresh: bool = False) -> nn.Module:

@@ -30,11 +30,13 @@ class Property:
     every_dim: bool = True
 
 
-def wanted_properties(only: str | Iterable[str] | None, known: tuple[str, ...]) -> tuple[str, ...]:
-    """The names in ``only``, or all; raises ``ValueError`` for one that is not ``known``."""
+def wanted_properties(
+    only: str | Iterable[str] | None, known: tuple[str, ...], also: tuple[str, ...] = ()
+) -> tuple[str, ...]:
+    """The names in ``only``, or all that are ``known``; raises ``ValueError`` for one that is neither known nor in ``also``, which must be asked for."""
     if only is None:
         return known
-    names = (only,) if isinstance(only, str) else tuple(only)
+    names, known = (only,) if isinstance(only, str) else tuple(only), known + also
     for name in names:
         if name not in known:
             raise ValueError(f"unknown property {name!r}{nearest(name, known)}; known: {', '.join(known)}")

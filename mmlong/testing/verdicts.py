@@ -129,7 +129,8 @@ class Verdicts:
 
     def finite(self, found: Tensor, what: str) -> None:
         """Fail on NaN or infinity."""
-        wrong = ~found.detach().isfinite()
+        found = found.detach()
+        wrong = ~found.isfinite()
         if bool(wrong.any()):
             first = tuple(wrong.nonzero()[0].tolist())
             self.fail(f"{what}: {float(found[first])} at {_describe(first, 0)}; {int(wrong.sum())} of {wrong.numel()}")

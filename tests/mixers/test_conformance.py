@@ -93,6 +93,8 @@ NEARER: dict[str, Nearer] = {
 SLOW = ("compile", "export")
 DEFAULT_ONLY = ("cost", "compile", "export")
 """What says little about a mixer cut down to tiny blocks."""
+ELSEWHERE = ("stress",)
+"""What test_stress.py checks, with strong decays where they are parameters."""
 
 
 def cases() -> list[Any]:
@@ -106,7 +108,7 @@ def cases() -> list[Any]:
                     continue
                 form = "-".join([name, "causal" if causal else "two-sided", *(["nearer"] if variant else [])])
                 for prop in PROPERTY_NAMES:
-                    if variant and prop in DEFAULT_ONLY:
+                    if prop in (DEFAULT_ONLY if variant else ELSEWHERE):
                         continue
                     options = {"causal": causal, **(variant.options if variant else {})}
                     constants = variant.constants if variant else {}

@@ -168,6 +168,17 @@ class ExponentialOfTheInput(Twin):
         return y * x.exp(), state
 
 
+class SmallAsADifference(Twin):
+    """A factor as a difference of squares: of inputs in the thousands, float32 has no digits left for it."""
+
+    breaks = "stress"
+
+    def mix(self, x, state, layout):
+        y, state = super().mix(x, state, layout)
+        wide = x if x.dtype == torch.float64 else x.float()
+        return y * ((wide.square() + 0.3) - wide.square()).to(y.dtype), state
+
+
 # What is declared
 
 
