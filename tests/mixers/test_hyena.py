@@ -1,8 +1,7 @@
-"""Hyena against its formula by direct O(L^2) convolutions, the end of its filters, and the filters it keeps while decoding."""
+"""Hyena against its formula by direct O(L^2) convolutions, and its initial values."""
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -74,53 +73,12 @@ def test_against_direct_convolution(held: Any, order: int, max_length: int, L: i
         assert state_bytes(state) == 2 * 2 * mixer.state_bytes(L)
 
 
-@torch.no_grad()
-def test_nothing_reaches_beyond_max_length() -> None:
-    mixer = make(max_length=8)
-    x = torch.randn(1, 40, 4, dtype=torch.float64)
-    other = x.clone()
-    other[:, 5] += 1
-    change = (mixer(x)[0] - mixer(other)[0]).abs().amax((0, 2))
-    reach = 8 + 3 - 1
-    assert change[5 + reach - 1] > 1e-6
-    assert change[5 + reach :].max() < 1e-12
-
-
 def test_filters_have_energy_one_at_the_start() -> None:
     torch.manual_seed(0)
     mixer = Hyena(64, max_length=2048)
     with torch.no_grad():
         energy = mixer.filters(2048).square().sum(0)
     assert 0.7 < energy.mean() < 1.4
-
-
-def test_kept_filters_follow_the_parameters() -> None:
-    mixer, x = make(), torch.randn(1, 9, 4, dtype=torch.float64)
-
-    def stream(m: Hyena) -> Tensor:
-        state, parts = None, []
-        with torch.no_grad():
-            for part in x.split(1, 1):
-                y, state = m(part, state)
-                parts.append(y)
-        return torch.cat(parts, 1)
-
-    assert torch.equal(stream(mixer), stream(mixer))
-    twin = copy.deepcopy(mixer)
-    with torch.no_grad():
-        mixer.sine_frequency.mul_(1.1)
-    torch.testing.assert_close(stream(mixer), mixer(x)[0].detach())
-    assert not torch.allclose(stream(mixer), stream(twin))
-    with torch.no_grad():
-        for p in mixer.parameters():
-            p.data.mul_(0.9)
-    torch.testing.assert_close(stream(mixer), mixer(x)[0].detach())
-    mixer.load_state_dict(twin.state_dict())
-    torch.testing.assert_close(stream(mixer), stream(twin))
-    optimiser = torch.optim.SGD(mixer.parameters(), 0.1)
-    mixer(x)[0].square().sum().backward()
-    optimiser.step()
-    torch.testing.assert_close(stream(mixer), mixer(x)[0].detach())
 
 
 def test_impossible_options_are_refused() -> None:

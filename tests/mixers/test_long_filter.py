@@ -1,8 +1,7 @@
-"""Long Conv and SGConv: filters against their formulas (and torch's interpolation), layers against direct convolution, kept filters, initial values."""
+"""Long Conv and SGConv: filters against their formulas (and torch's interpolation), layers against direct convolution, initial values."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from typing import Any
@@ -97,19 +96,6 @@ def test_against_direct_convolution(held: Any, name: str, length: int, options: 
     torch.testing.assert_close(torch.cat(parts, 1), want.detach(), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["long_conv", "sgconv"])
-@torch.no_grad()
-def test_nothing_reaches_beyond_max_length(name: str) -> None:
-    m = make(name, max_length=8)
-    x = torch.randn(1, 40, 3, dtype=torch.float64)
-    other = x.clone()
-    other[:, 5] += 1
-    change = (m(x)[0] - m(other)[0]).abs().amax((0, 2))
-    assert change[12] > 1e-9
-    assert change[13:].max() < 1e-12
-    assert change[:5].max() < 1e-12
-
-
 def test_dropout_is_of_weights_and_only_in_training() -> None:
     m = make("long_conv", 32, max_length=64, dropout=0.25)
     assert isinstance(m, LongConv)
@@ -125,43 +111,6 @@ def test_dropout_is_of_weights_and_only_in_training() -> None:
     y, _ = m(x.expand(2, -1, -1))
     torch.testing.assert_close(y[0], y[1])
     assert not torch.allclose(y, m(x)[0])
-
-
-@pytest.mark.parametrize(("name", "options"), [("long_conv", {"smooth": 3}), ("sgconv", {"kernel_dim": 2})])
-def test_kept_filters_follow_the_parameters(
-    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mmlong.mixers.long_filter.LAGS", 4)
-    m, x = make(name, max_length=64, **options), torch.randn(1, 70, 3, dtype=torch.float64)
-
-    def stream(layer: Layer) -> Tensor:
-        state, parts = None, []
-        with torch.no_grad():
-            for part in x.split(1, 1):
-                y, state = layer(part, state)
-                parts.append(y)
-        return torch.cat(parts, 1)
-
-    assert torch.equal(stream(m), stream(m))
-    with torch.no_grad():
-        assert torch.equal(m.filters(5), m.filters(64)[:5])
-    twin = copy.deepcopy(m)
-    with torch.no_grad():
-        m.kernel[2].mul_(1.1)
-    torch.testing.assert_close(stream(m), m(x)[0].detach())
-    assert not torch.allclose(stream(m), stream(twin))
-    m.kernel.data.mul_(0.9)
-    torch.testing.assert_close(stream(m), direct(m, x).detach())
-    if isinstance(m, SGConv):
-        m.kernel_norm.mul_(1.5)
-        torch.testing.assert_close(stream(m), direct(m, x).detach())
-    m.load_state_dict(twin.state_dict())
-    torch.testing.assert_close(stream(m), stream(twin))
-    optimiser = torch.optim.SGD(m.parameters(), 0.1)
-    m(x)[0].square().sum().backward()
-    optimiser.step()
-    torch.testing.assert_close(stream(m), m(x)[0].detach())
-    assert torch.equal(stream(m), stream(copy.deepcopy(m)))
 
 
 def test_initial_values_of_long_conv() -> None:
