@@ -39,6 +39,7 @@ from mmlong.mixers.rwkv6 import RWKV6
 from mmlong.mixers.rwkv7 import RWKV7
 from mmlong.mixers.s4 import S4
 from mmlong.mixers.s4d import S4D
+from mmlong.mixers.s4nd import S4ND
 from mmlong.mixers.sgconv import SGConv
 from mmlong.mixers.slots import ABC, GSA
 from mmlong.mixers.state import (
@@ -74,6 +75,7 @@ __all__ = [
     "RWKV7",
     "S4",
     "S4D",
+    "S4ND",
     "S5",
     "TCN",
     "AFTSimple",

@@ -13,6 +13,7 @@ length, ``L x M`` exponentials a channel, is not made.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -103,8 +104,14 @@ def _reads(c: Tensor, powers: Tensor) -> Tensor:
 
 
 def diagonal_kernel(lam: Tensor, c: Tensor, length: int) -> Tensor:
-    """The impulse response ``k_l = 2 Re sum_m c_m a_m^l`` at lags ``0 .. length - 1``, ``(D, length)``; arguments as :func:`diagonal_recurrence`."""
-    return _reads(c, _powers(lam, torch.arange(length, device=lam.device)))[..., 0].sum(-1)
+    """The impulse response ``k_l = 2 Re sum_m c_m a_m^l`` at lags ``0 .. length - 1``, ``(D, length)``; arguments as :func:`diagonal_recurrence`.
+
+    A lag is a multiple of ``T`` and a rest: a product of powers of either, in place of ``length`` powers of every mode.
+    """
+    T = math.isqrt(length - 1) + 1
+    near, far = (torch.arange(0, stop, step, device=lam.device) for stop, step in ((T, 1), (length, T)))
+    products = torch.bmm(_reads(c, _powers(lam, far)).flatten(2), _powers(lam, near).flatten(2).mT)
+    return products.flatten(1)[:, :length]
 
 
 def _readout(c: Tensor, h: Tensor) -> Tensor:

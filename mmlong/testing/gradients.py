@@ -31,6 +31,8 @@ def gradients_are_right(s: Subject) -> None:
     if s.traits.padding or s.traits.resets:
         mixed = s.layout([71, 50] if s.traits.padding else None, marks if s.traits.resets else None, (2, 71))
         cases.append(("padded or packed", 71, 37 if s.streaming else 0, mixed))
+    if s.traits.grid:
+        cases.append(("on a grid", 63, 0, Layout(grid=(7, 9), order="serpentine")))
     for what, length, past, layout in cases:
         _Case(s, what, length, past, layout).check()
 

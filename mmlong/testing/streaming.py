@@ -76,7 +76,7 @@ def _form(state: State) -> object:
 
 
 def grid_is_read_or_ignored(s: Subject) -> None:
-    """A mixer that reads the grid gives the same with the cells' coordinates as positions, and in pieces; any other, as without."""
+    """A mixer that reads the grid gives the same with the cells' coordinates as positions, and in pieces, and not as without; any other, as without."""
     module = s.module()
     grid = (7, 9)
     layout = Layout(grid=grid, order="serpentine")
@@ -86,9 +86,11 @@ def grid_is_read_or_ignored(s: Subject) -> None:
         y, _ = s.run(module, x, None, layout, "with a grid")
         as_positions, _ = s.run(module, x, None, Layout(positions=cells), "with the grid's coordinates as positions")
         s.agree(as_positions, y, "the grid's coordinates given as positions against the grid")
+        without, _ = s.run(module, x)
         if not s.traits.grid:
-            without, _ = s.run(module, x)
             s.agree(y, without, "with a grid, which its traits say it does not read, against without")
+        elif not float((y - without).abs().max()) > 1e-9 * float(y.abs().max()):
+            s.fail("its traits say that it reads the grid, but it gives the same with one as without")
         if s.streaming:
             pieces, _ = s.in_pieces(module, x, [1, 20, 42], layout=layout)
             s.agree(pieces, y, "in pieces of [1, 20, 42] with a grid against the whole")

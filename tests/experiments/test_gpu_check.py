@@ -52,7 +52,9 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = report["rows"]
     whats = {row["what"].partition(":")[0] for row in rows}
     assert whats == {"short_conv", "gated_norm", "swiglu", "diagonal", "mixer"}
-    assert {row["what"].split()[1].strip(",") for row in rows if row["what"].startswith("mixer")} == set(list_mixers())
+    # On a CPU there is nothing to hold a mixer against that does not run in pieces.
+    told = {row["what"].split()[1].strip(",") for row in rows if row["what"].startswith("mixer")}
+    assert told == set(list_mixers(streaming=True))
     compared = [row for row in rows if row["status"] == "PASS"]
     assert all(0 <= row["error"] <= row["allowed"] for row in compared)
     assert any(row["error"] > 0 for row in compared)

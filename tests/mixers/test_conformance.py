@@ -88,6 +88,7 @@ NEARER: dict[str, Nearer] = {
     "stripedhyena2": Nearer({"form": "mr", "taps": 40}, {"mmlong.ops.toeplitz_conv.BLOCK_ELEMENTS": 1 << 11, **BLOCKS}),
     "tcn": Nearer({"dilations": [1, 5, 2], "kernel_size": 3, "channels": 3}, BLOCKS),
     "s4d": Nearer({"chunk": 8, "d_state": 6, "init": "legs"}),
+    "s4nd": Nearer({"chunk": 8, "d_state": 6, "axes": 3, "bandlimit": 0.7}, {"mmlong.mixers.s4nd.MATRIX": 8}),
 }
 
 SLOW = ("compile", "export")

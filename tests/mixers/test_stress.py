@@ -38,10 +38,10 @@ def rate(m: Any) -> Logs:
 
 
 def diagonal(m: Any) -> Logs:
-    """``dt A`` of S4D."""
+    """``dt A`` of S4D and S4ND."""
     decays = spread(m.log_A_real)
-    m.log_A_real.copy_((-decays).log() - m.log_dt[:, None])
-    return -m.log_dt.exp()[:, None] * m.log_A_real.exp()
+    m.log_A_real.copy_((-decays).log() - m.log_dt[..., None])
+    return -m.log_dt.exp()[..., None] * m.log_A_real.exp()
 
 
 def bilinear_steps(m: Any) -> None:
@@ -126,6 +126,7 @@ SET: dict[str, Callable[[Any], Logs]] = {
     "rwkv6": channels("decay_base"),
     "s4": structured,
     "s4d": diagonal,
+    "s4nd": diagonal,
     "s5": steps,
     "stripedhyena2": exponentials,
 }

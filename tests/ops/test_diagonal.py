@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmlong.layout import Layout
-from mmlong.ops.diagonal import diagonal_recurrence, diagonal_reference
+from mmlong.ops.diagonal import diagonal_kernel, diagonal_recurrence, diagonal_reference
 
 Case = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -90,6 +90,23 @@ def test_gradients(packed: bool, strict: bool) -> None:
         return y if valid is None else y * valid[..., None], after
 
     assert torch.autograd.gradcheck(run, leaves)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 16, 17, 99, 300])
+def test_the_kernel_is_the_powers_and_the_response_to_an_impulse(length: int) -> None:
+    _, lam, c, _ = draw(1, 1)
+    kernel = diagonal_kernel(lam, c, length)
+    powers = (torch.view_as_complex(lam)[:, None] * torch.arange(length)[:, None]).exp()
+    expected = 2 * (torch.view_as_complex(c)[:, None] * powers).sum(-1).real
+    torch.testing.assert_close(kernel, expected, rtol=1e-11, atol=1e-11)
+    impulse = torch.zeros(1, length, 3, dtype=torch.float64)
+    impulse[:, 0] = 1
+    torch.testing.assert_close(kernel.T, diagonal_reference(impulse, lam, c)[0][0], rtol=1e-11, atol=1e-11)
+
+
+def test_the_kernel_s_gradients() -> None:
+    _, lam, c, _ = draw(1, 1, D=2, M=2)
+    assert torch.autograd.gradcheck(lambda a, b: diagonal_kernel(a, b, 11), [lam.requires_grad_(), c.requires_grad_()])
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:

@@ -140,7 +140,7 @@ def test_faults_of_the_two_sided_form_are_refused(fault: type[DecayingSum], prop
 
 
 class ReadsPositions(DecayingSum):
-    """Adds the coordinates that it is told; ``faulty`` ones restart in every piece, or are scaled when they come from a grid."""
+    """Adds the coordinates that it is told; ``faulty`` ones restart in every piece, are scaled when they come from a grid, or have no gradient there."""
 
     traits = dataclasses.replace(DecayingSum.traits, grid=True)
     faulty = ""
@@ -154,6 +154,8 @@ class ReadsPositions(DecayingSum):
             told = told - told[:, :1]
         if self.faulty == "scaled" and layout.grid is not None:
             told = told / layout.grid[-1]
+        if self.faulty == "detached" and layout.grid is not None:
+            y = y.detach()
         return y + 0.1 * told, state
 
 
@@ -164,6 +166,10 @@ def test_grids() -> None:
             check_mixer(type("Faulty", (ReadsPositions,), {"faulty": faulty}), only="grid")
     with pytest.raises(ConformanceError, match=r"grid: with a grid, which its traits say it does not read"):
         check_mixer(type("Undeclared", (ReadsPositions,), {"traits": DecayingSum.traits}), only="grid")
+    with pytest.raises(ConformanceError, match=r"grid: its traits say that it reads the grid, but"):
+        check_mixer(type("Blind", (DecayingSum,), {"traits": ReadsPositions.traits}), only="grid")
+    with pytest.raises(ConformanceError, match=r"gradients: on a grid: "):
+        check_mixer(type("Faulty", (ReadsPositions,), {"faulty": "detached"}), only="gradients")
 
 
 def test_the_message_says_where_and_by_how_much() -> None:
