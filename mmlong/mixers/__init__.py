@@ -54,6 +54,7 @@ from mmlong.mixers.state import (
 )
 from mmlong.mixers.striped_hyena import StripedHyena2
 from mmlong.mixers.tcn import TCN
+from mmlong.mixers.vmamba import VMamba
 
 __all__ = [
     "ABC",
@@ -102,6 +103,7 @@ __all__ = [
     "State",
     "StripedHyena2",
     "Traits",
+    "VMamba",
     "create_mixer",
     "detach_state",
     "list_mixers",

@@ -7,12 +7,11 @@ Follows Gu & Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective Stat
     h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t;   y_t = C_t h_t + D u_t         N modes a channel, A = -exp(A_log)
     out = W_out (y * silu(z))
 
-``A`` starts at ``-1 .. -N`` in every channel (S4D-Real). The recurrence is :mod:`mmlong.ops.selective_scan`. Nothing departs from the paper.
+The second and third lines are :mod:`mmlong.mixers.selection`. Nothing departs from the paper.
 """
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import torch
@@ -21,8 +20,8 @@ from torch import Tensor, nn
 
 from mmlong.layout import Layout
 from mmlong.mixers.contract import Mixer, register_mixer
+from mmlong.mixers.selection import Selection
 from mmlong.mixers.state import State
-from mmlong.ops.selective_scan import selective_scan
 from mmlong.ops.short_conv import short_conv
 
 
@@ -31,7 +30,7 @@ from mmlong.ops.short_conv import short_conv
     paper="Gu & Dao 2023, arXiv 2312.00752",
     note="proved against transformers' Mamba mixer and mambapy, weights copied",
 )
-class Mamba(Mixer):
+class Mamba(Selection, Mixer):
     """The Mamba mixer.
 
     Args:
@@ -47,9 +46,7 @@ class Mamba(Mixer):
     """
 
     optim_hints: ClassVar[dict[str, dict[str, float]]] = {
-        "A_log": {"weight_decay": 0.0},
-        "D": {"weight_decay": 0.0},
-        "dt_bias": {"weight_decay": 0.0},
+        **Selection.optim_hints,
         "conv_bias": {"weight_decay": 0.0},
     }
 
@@ -70,28 +67,21 @@ class Mamba(Mixer):
             raise ValueError(
                 f"mamba: the inner width {inner} (expand x dim), d_state {d_state}, dt_rank {rank} and d_conv {d_conv} must be at least 1"
             )
-        self.inner, self.d_state, self.dt_rank, self.d_conv = inner, d_state, rank, d_conv
+        self.inner, self.d_conv = inner, d_conv
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(inner, d_conv))
         self.conv_bias = nn.Parameter(torch.empty(inner))
-        self.x_proj = nn.Linear(inner, rank + 2 * d_state, bias=False)
-        self.dt_proj = nn.Linear(rank, inner, bias=False)
-        self.dt_bias = nn.Parameter(torch.empty(inner))
-        self.A_log = nn.Parameter(torch.empty(inner, d_state))
-        self.D = nn.Parameter(torch.ones(inner))
+        self.make_selection(inner, d_state, rank)
         self.out_proj = nn.Linear(inner, dim, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The paper's initial values: dt log-uniform in [1e-3, 1e-1], A at -1 .. -N, the convolution as torch's."""
+        """The paper's initial values; the convolution as torch's."""
         bound = self.d_conv**-0.5
         nn.init.uniform_(self.conv_weight, -bound, bound)
         nn.init.uniform_(self.conv_bias, -bound, bound)
-        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        dt = torch.exp(torch.empty(self.inner).uniform_(math.log(1e-3), math.log(1e-1)))
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus undone
-        self.A_log.copy_(torch.arange(1, self.d_state + 1).log().expand_as(self.A_log))
+        self.reset_selection()
 
     def state_bytes(self, length: int) -> int:
         return 4 * self.inner * (self.d_conv - 1 + self.d_state)
@@ -101,8 +91,5 @@ class Mamba(Mixer):
         # Two products instead of one and a split: each result has contiguous rows.
         w_u, w_z = self.in_proj.weight.chunk(2)
         u, tail = short_conv(F.linear(x, w_u), self.conv_weight, self.conv_bias, tail, layout, "silu")
-        r, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        dt = F.softplus(self.dt_proj(r).to(dtype) + self.dt_bias.to(dtype))
-        y, h = selective_scan(u, dt, -self.A_log.to(dtype).exp().t(), B, C, self.D, h, layout)
+        y, h = self.select(u, h, layout)
         return self.out_proj(y * F.silu(F.linear(x, w_z))), {"conv": tail, "ssm": h}

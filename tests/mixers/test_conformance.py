@@ -53,6 +53,7 @@ NEARER: dict[str, Nearer] = {
     "hgrn": Nearer({"lower_bound": 0.2}, SCANNED),
     "h3": Nearer({"d_state": 6, "head_dim": 4, "chunk": 8}),
     "hgrn2": Nearer({"heads": 2, "chunk": 8, "lower_bound": 0.2}, CHUNKED),
+    "hydra": Nearer({"headdim": 8, "ngroups": 2, "d_conv": 5, "chunk": 12}, SCALAR),
     "hyena": Nearer({"max_length": 100, "order": 3}, {"mmlong.ops.long_conv.BLOCK_ELEMENTS": 1 << 12}),
     "lightning": Nearer({"heads": 2, "chunk": 8, "depth": 0.5}, SCALAR),
     "local": Nearer({"window": 10, "heads": 4, "kv_heads": 2}, {"mmlong.ops.local_attention.MIN_BLOCK": 4, **TILES}),
@@ -89,6 +90,9 @@ NEARER: dict[str, Nearer] = {
     "tcn": Nearer({"dilations": [1, 5, 2], "kernel_size": 3, "channels": 3}, BLOCKS),
     "s4d": Nearer({"chunk": 8, "d_state": 6, "init": "legs"}),
     "s4nd": Nearer({"chunk": 8, "d_state": 6, "axes": 3, "bandlimit": 0.7}, {"mmlong.mixers.s4nd.MATRIX": 8}),
+    "vmamba": Nearer(
+        {"d_state": 4, "dt_rank": 3, "expand": 1.5}, {"mmlong.ops.selective_scan.BLOCK_ELEMENTS": 1 << 11}
+    ),
 }
 
 SLOW = ("compile", "export")

@@ -37,6 +37,11 @@ def rate(m: Any) -> Logs:
     return decays
 
 
+def ways(m: Any) -> Logs:
+    """VMamba's four."""
+    return torch.cat([rate(way) for way in m.ways])
+
+
 def diagonal(m: Any) -> Logs:
     """``dt A`` of S4D and S4ND."""
     decays = spread(m.log_A_real)
@@ -114,6 +119,7 @@ def channels(name: str) -> Callable[[Any], Logs]:
 SET: dict[str, Callable[[Any], Logs]] = {
     "gated_deltanet": rate,
     "h3": bilinear,
+    "hydra": rate,
     "kda": rate,
     "lightning": fixed,
     "lru": modes,
@@ -129,6 +135,7 @@ SET: dict[str, Callable[[Any], Logs]] = {
     "s4nd": diagonal,
     "s5": steps,
     "stripedhyena2": exponentials,
+    "vmamba": ways,
 }
 """Mixers whose decays are parameters, at least in part."""
 
