@@ -14,7 +14,6 @@ not clamped above. The work of a block of tokens is done while it is in the cach
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import ClassVar
 
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from mmlong.layout import Layout
 from mmlong.mixers.contract import Mixer, register_mixer
+from mmlong.mixers.ssd import at_least_one, choose_widths, discretise, init_steps, init_taps
 from mmlong.mixers.state import State
 from mmlong.ops.blockwise import blockwise
 from mmlong.ops.gated_norm import gated_rms_norm
@@ -60,7 +60,7 @@ class Mamba2(Mixer):
         backend: of the recurrence; see ``mmlong doctor``. ``portable`` keeps convolution and norm to plain torch as well.
 
     Raises:
-        ValueError: an inner width, head width and number of groups that do not divide each other.
+        ValueError: an inner width, head width and number of groups that do not divide each other, or a size below 1.
     """
 
     optim_hints: ClassVar[dict[str, dict[str, float]]] = {
@@ -89,20 +89,12 @@ class Mamba2(Mixer):
         if backend != "auto":
             LINEAR_ATTENTION[backend]  # an unknown name is refused now, not at the first batch
         self.backend, self.side = backend, "portable" if backend == "portable" else "auto"
-        inner = round(expand * dim)
-        if headdim is None:
-            headdim = 64 if inner % 64 == 0 else inner
-        d_state = max(8, min(64, dim)) if d_state is None else d_state
-        if inner < 1 or headdim < 1 or inner % headdim or (inner // headdim) % ngroups:
-            raise ValueError(
-                f"mamba2: inner width {inner} (expand x dim) must divide into heads of {headdim}, and its "
-                f"{inner / headdim:g} heads into {ngroups} groups: choose headdim and ngroups accordingly"
-            )
-        if d_state < 1 or d_conv < 1 or (chunk is not None and chunk < 1):
-            raise ValueError(f"mamba2: d_state {d_state}, d_conv {d_conv} and chunk {chunk} must be at least 1")
-        self.inner, self.headdim, self.heads = inner, headdim, inner // headdim
-        self.d_state, self.ngroups, self.d_conv, self.chunk, self.norm_eps = d_state, ngroups, d_conv, chunk, norm_eps
-        self.conv_dim = inner + 2 * ngroups * d_state
+        widths = choose_widths("mamba2", dim, expand, d_state, headdim, ngroups)
+        at_least_one("mamba2", d_conv=d_conv, chunk=chunk)
+        inner, self.d_state = widths.inner, widths.d_state
+        self.inner, self.headdim, self.heads = inner, widths.headdim, widths.heads
+        self.ngroups, self.d_conv, self.chunk, self.norm_eps = ngroups, d_conv, chunk, norm_eps
+        self.conv_dim = inner + 2 * ngroups * self.d_state
         self.in_proj = nn.Linear(dim, inner + self.conv_dim + self.heads, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(self.conv_dim, d_conv))
         self.conv_bias = nn.Parameter(torch.empty(self.conv_dim))
@@ -116,11 +108,8 @@ class Mamba2(Mixer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The paper's initial values: dt log-uniform in [1e-3, 1e-1], A uniform in [-16, -1], the convolution as torch's."""
-        bound = self.d_conv**-0.5
-        nn.init.uniform_(self.conv_weight, -bound, bound)
-        nn.init.uniform_(self.conv_bias, -bound, bound)
-        dt = torch.exp(torch.empty(self.heads).uniform_(math.log(1e-3), math.log(1e-1)))
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus undone
+        init_taps(self.conv_weight, self.conv_bias)
+        init_steps(self.dt_bias)
         self.A_log.copy_(torch.empty(self.heads).uniform_(1, 16).log())
 
     def state_bytes(self, length: int) -> int:
@@ -171,7 +160,7 @@ class Mamba2(Mixer):
         z, u, dt = F.linear(x, w_gate), F.linear(x, w_conv), F.linear(x, w_dt)
         u, tail = short_conv(u, conv_weight, conv_bias, tail, layout, "silu", self.side)
         v, k, q = u.split([self.inner, *[self.ngroups * self.d_state] * 2], dim=-1)
-        g, log_dt = _discretise(dt, dt_bias, A_log)
+        g, log_dt = discretise(dt, dt_bias, A_log)
         # Only kernels for GPUs are parametrised by it.
         rate = None if x.device.type == "cpu" else -A_log.to(g.dtype).exp()
         y, ssm = scalar_decay_attention(
@@ -190,14 +179,3 @@ class Mamba2(Mixer):
         )
         y = gated_rms_norm(y.flatten(2), z, norm_weight, self.ngroups, self.norm_eps, self.side)
         return y, (tail, ssm)
-
-
-def _discretise(dt: Tensor, bias: Tensor, A_log: Tensor) -> tuple[Tensor, Tensor]:
-    """Log decay ``dt A`` and ``log dt``, of ``dt = softplus(raw + bias)``, in at least float32."""
-    dtype = torch.promote_types(dt.dtype, torch.float32)
-    raw = dt.to(dtype) + bias.to(dtype)
-    positive = F.softplus(raw)
-    # Far below zero softplus is exp, and its logarithm the argument itself; there the quotient of its derivative is 0 / 0.
-    low = raw < -15
-    log = torch.where(low, raw, torch.where(low, 1.0, positive).log())
-    return -positive * A_log.to(dtype).exp(), log

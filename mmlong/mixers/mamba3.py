@@ -29,12 +29,10 @@ from torch import Tensor, nn
 from mmlong.layout import Layout
 from mmlong.mixers.cell import CellMixer, Tensors
 from mmlong.mixers.contract import register_mixer
+from mmlong.mixers.ssd import at_least_one, choose_widths, init_steps
 from mmlong.ops.linear_attention import scalar_decay_attention
 from mmlong.ops.norm_then_gate import norm_then_gate
 from mmlong.ops.token_shift import last_token
-
-DT_FLOOR = 1e-4
-"""Least step at the start."""
 
 
 @register_mixer(
@@ -93,17 +91,9 @@ class Mamba3(CellMixer):
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__(dim, causal=causal)
-        inner = round(expand * dim)
-        if headdim is None:
-            headdim = 64 if inner % 64 == 0 else inner
-        d_state = max(8, min(64, dim)) if d_state is None else d_state
-        if inner < 1 or headdim < 1 or ngroups < 1 or inner % headdim or (inner // headdim) % ngroups:
-            raise ValueError(
-                f"mamba3: inner width {inner} (expand x dim) must divide into heads of {headdim}, and its heads into "
-                f"{ngroups} groups: choose headdim and ngroups accordingly"
-            )
-        if rank < 1 or (chunk is not None and chunk < 1):
-            raise ValueError(f"mamba3: rank {rank} and chunk {chunk} must be at least 1")
+        widths = choose_widths("mamba3", dim, expand, d_state, headdim, ngroups)
+        inner, headdim, d_state = widths.inner, widths.headdim, widths.d_state
+        at_least_one("mamba3", rank=rank, chunk=chunk)
         if rope_fraction not in (0.5, 1.0):
             raise ValueError(f"mamba3: rope_fraction must be 0.5 or 1, got {rope_fraction}")
         if not 0 < dt_min <= dt_max or A_floor < 0:
@@ -113,7 +103,7 @@ class Mamba3(CellMixer):
         self.angles = int(d_state * rope_fraction) // 2
         if self.angles < 1:
             raise ValueError(f"mamba3: {rope_fraction} of d_state {d_state} leaves no pair of columns to rotate")
-        self.inner, self.headdim, self.heads = inner, headdim, inner // headdim
+        self.inner, self.headdim, self.heads = inner, headdim, widths.heads
         self.d_state, self.ngroups, self.rank = d_state, ngroups, rank
         self.dt_range, self.A_floor, self.chunk, self.norm_eps = (dt_min, dt_max), A_floor, chunk, norm_eps
         shared = rank * ngroups * d_state
@@ -135,9 +125,7 @@ class Mamba3(CellMixer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The authors' initial values: dt log-uniform, biases, norms and D one, ranks alike and summing to one read."""
-        low, high = self.dt_range
-        dt = torch.empty(self.heads).uniform_(math.log(low), math.log(high)).exp().clamp_min(DT_FLOOR)
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus undone
+        init_steps(self.dt_bias, *self.dt_range)
         for p in (self.B_bias, self.C_bias, self.B_norm, self.C_norm, self.D, self.rank_z, self.norm_weight):
             if p is not None:
                 p.fill_(1)

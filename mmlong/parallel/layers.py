@@ -234,7 +234,7 @@ def _diagonal(mixer: S4D, x: Tensor, links: Links, layout: Layout | None) -> Ten
 
 @parallel_form(Mamba2)
 def _scalar_decay(mixer: Mamba2, x: Tensor, links: Links, layout: Layout | None) -> Tensor | None:
-    from mmlong.mixers.mamba2 import _discretise
+    from mmlong.mixers.ssd import discretise
 
     reach = mixer.d_conv - 1
     if links.shortest < max(reach, 1):
@@ -243,7 +243,7 @@ def _scalar_decay(mixer: Mamba2, x: Tensor, links: Links, layout: Layout | None)
     _, tail = Mixer.forward(mixer, tokens, None, None if marks is None else Layout(resets=marks))
     conv = torch.zeros_like(tail["conv"]) if links.first else tail["conv"]
     _, alone = Mixer.forward(mixer, x, {"conv": conv, "ssm": torch.zeros_like(tail["ssm"])}, layout)
-    g, _ = _discretise(F.linear(x, mixer.in_proj.weight[-mixer.heads :]), mixer.dt_bias, mixer.A_log)
+    g, _ = discretise(F.linear(x, mixer.in_proj.weight[-mixer.heads :]), mixer.dt_bias, mixer.A_log)
     valid = None if layout is None else layout.valid(x.shape[1])
     decay = (g if valid is None else torch.where(valid[..., None], g, 0)).sum(1).exp()
     if (crossed := _crosses(layout, x.shape[1])) is not None:

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from mmlong.layout import Layout
 from mmlong.mixers import create_mixer, state_bytes
 from mmlong.mixers import mamba2 as module
-from mmlong.mixers.mamba2 import Mamba2, _discretise
+from mmlong.mixers.mamba2 import Mamba2
+from mmlong.mixers.ssd import discretise
 from mmlong.ops import blockwise
 from mmlong.ops.gated_norm import gated_rms_norm, gated_rms_norm_reference
 
@@ -216,7 +217,7 @@ def test_bfloat16_autocast_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_discretisation_far_from_zero() -> None:
     raw = torch.tensor([-200.0, -90.0, -20.0, -15.0, -14.9, 0.0, 30.0], dtype=torch.float32)[None, :, None]
     raw.requires_grad_()
-    g, log = _discretise(raw, torch.zeros(1), torch.zeros(1))
+    g, log = discretise(raw, torch.zeros(1), torch.zeros(1))
     exact = raw.detach().double()
     want = torch.where(exact < -30, exact, F.softplus(exact, threshold=100).log())
     torch.testing.assert_close(log.double(), want, rtol=1e-6, atol=1e-6)

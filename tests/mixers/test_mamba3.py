@@ -133,7 +133,7 @@ def test_initial_values() -> None:
         ({"headdim": 7}, "must divide into heads of 7"),
         ({"ngroups": 3}, "into 3 groups"),
         ({"ngroups": 0}, "into 0 groups"),
-        ({"rank": 0}, "rank 0"),
+        ({"rank": 0}, "rank must be at least 1"),
         ({"rope_fraction": 0.3}, "rope_fraction must be 0.5 or 1, got 0.3"),
         ({"d_state": 2}, "leaves no pair"),
         ({"dt_min": 0.2}, "0 < dt_min <= dt_max"),
