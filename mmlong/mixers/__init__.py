@@ -20,6 +20,7 @@ from mmlong.mixers.gated import GLA, HGRN2
 from mmlong.mixers.gated_recurrence import RGLRU, MinGRU, MinLSTM
 from mmlong.mixers.h3 import H3
 from mmlong.mixers.hgrn import HGRN
+from mmlong.mixers.hydra import Hydra
 from mmlong.mixers.hyena import Hyena
 from mmlong.mixers.kernelised import Based, LinearTransformer, Performer
 from mmlong.mixers.local import Local
@@ -84,6 +85,7 @@ __all__ = [
     "Based",
     "DeltaNet",
     "GatedDeltaNet",
+    "Hydra",
     "Hyena",
     "Lightning",
     "LinearTransformer",

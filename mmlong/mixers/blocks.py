@@ -25,7 +25,7 @@ def in_blocks(
     parameters: Sequence[Tensor],
     layout: Layout | None,
     width: int,
-    project: Tensor,
+    project: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """``piece`` followed by a projection: in blocks where that pays, whole under a compiler, on other devices, and where all fits one block.
 
@@ -34,10 +34,10 @@ def in_blocks(
         width: numbers that the piece's projections make of a token.
 
     Returns:
-        ``(linear(y, project), state)``.
+        ``(linear(y, project), state)``, or ``(y, state)`` without a projection.
     """
     tokens = max(BLOCK_TOKENS, BLOCK_ELEMENTS // width)
     if x.device.type != "cpu" or torch.compiler.is_compiling() or tokens >= x.shape[0] * x.shape[1]:
         y, after = piece(x, state, tuple(parameters), layout)
-        return F.linear(y, project), after
+        return y if project is None else F.linear(y, project), after
     return blockwise(piece, x, state, parameters, layout, tokens, project)

@@ -32,7 +32,7 @@ def blockwise(
     parameters: Sequence[Tensor],
     layout: Layout | None,
     tokens: int,
-    project: Tensor,
+    project: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """``piece`` over blocks of about ``tokens`` tokens, then a projection, whose output no backward needs and so none recomputes.
 
@@ -43,7 +43,7 @@ def blockwise(
         parameters: handed on to ``piece``.
         layout: of ``x``; sliced for each block. Rows are taken apart only where it is ``None``.
         tokens: positions x rows of a block.
-        project: ``(D'', D')``.
+        project: ``(D'', D')``, or ``None`` for no projection.
 
     Returns:
         ``(linear(y, project), state)`` for what one call of ``piece`` on everything returns, with its gradients, for the memory of
@@ -66,7 +66,14 @@ def _blocks(B: int, L: int, tokens: int, together: bool) -> Iterator[tuple[slice
 class _Blockwise(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, piece: Piece, layout: Layout | None, tokens: int, n: int, x: Tensor, project: Tensor, *rest: Tensor
+        ctx: Any,
+        piece: Piece,
+        layout: Layout | None,
+        tokens: int,
+        n: int,
+        x: Tensor,
+        project: Tensor | None,
+        *rest: Tensor,
     ) -> tuple[Tensor, ...]:
         state, parameters = rest[:n], rest[n:]
         B, L, _ = x.shape
@@ -79,9 +86,11 @@ class _Blockwise(torch.autograd.Function):
             for i, j in pieces:
                 between[-1].append(carried)
                 part, carried = piece(x[rows, i:j].contiguous(), carried, parameters, layout and layout.slice(i, j))
+                if project is not None:
+                    part = F.linear(part, project)
                 if y is None:
-                    y = torch.empty(B, L, project.shape[0], dtype=part.dtype, device=part.device)
-                y[rows, i:j] = F.linear(part, project)
+                    y = torch.empty(B, L, part.shape[2], dtype=part.dtype, device=part.device)
+                y[rows, i:j] = part
             for whole, t in zip(after, carried, strict=True):
                 whole[rows] = t
         assert y is not None
@@ -115,7 +124,7 @@ class _Blockwise(torch.autograd.Function):
                 ends = [(last_, d) for last_, d in zip(last, handed, strict=True) if d is not None]
                 if dy is not None:
                     dpart = dy[rows, i:j].contiguous()
-                    ends.append((y, dpart @ project.to(dpart.dtype)))
+                    ends.append((y, dpart if project is None else dpart @ project.to(dpart.dtype)))
                     if wanted[1]:
                         product = dpart.flatten(0, 1).mT @ y.detach().flatten(0, 1)
                         dproject = product.to(project.dtype) if dproject is None else dproject.add_(product)

@@ -53,6 +53,7 @@ NEARER: dict[str, Nearer] = {
     "hgrn": Nearer({"lower_bound": 0.2}, SCANNED),
     "h3": Nearer({"d_state": 6, "head_dim": 4, "chunk": 8}),
     "hgrn2": Nearer({"heads": 2, "chunk": 8, "lower_bound": 0.2}, CHUNKED),
+    "hydra": Nearer({"headdim": 8, "ngroups": 2, "d_conv": 5, "chunk": 12}, SCALAR),
     "hyena": Nearer({"max_length": 100, "order": 3}, {"mmlong.ops.long_conv.BLOCK_ELEMENTS": 1 << 12}),
     "lightning": Nearer({"heads": 2, "chunk": 8, "depth": 0.5}, SCALAR),
     "local": Nearer({"window": 10, "heads": 4, "kv_heads": 2}, {"mmlong.ops.local_attention.MIN_BLOCK": 4, **TILES}),

@@ -119,6 +119,7 @@ def channels(name: str) -> Callable[[Any], Logs]:
 SET: dict[str, Callable[[Any], Logs]] = {
     "gated_deltanet": rate,
     "h3": bilinear,
+    "hydra": rate,
     "kda": rate,
     "lightning": fixed,
     "lru": modes,
