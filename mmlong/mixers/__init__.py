@@ -24,6 +24,7 @@ from mmlong.mixers.hydra import Hydra
 from mmlong.mixers.hyena import Hyena
 from mmlong.mixers.kernelised import Based, LinearTransformer, Performer
 from mmlong.mixers.local import Local
+from mmlong.mixers.log_linear import LogLinear
 from mmlong.mixers.long_conv import LongConv
 from mmlong.mixers.lru import LRU, S5
 from mmlong.mixers.mamba import Mamba
@@ -90,6 +91,7 @@ __all__ = [
     "Lightning",
     "LinearTransformer",
     "Local",
+    "LogLinear",
     "LongConv",
     "Mamba",
     "Mamba2",

@@ -57,6 +57,9 @@ NEARER: dict[str, Nearer] = {
     "hyena": Nearer({"max_length": 100, "order": 3}, {"mmlong.ops.long_conv.BLOCK_ELEMENTS": 1 << 12}),
     "lightning": Nearer({"heads": 2, "chunk": 8, "depth": 0.5}, SCALAR),
     "local": Nearer({"window": 10, "heads": 4, "kv_heads": 2}, {"mmlong.ops.local_attention.MIN_BLOCK": 4, **TILES}),
+    "log_linear": Nearer(
+        {"headdim": 8, "ngroups": 2, "levels": 6, "chunk": 8}, {"mmlong.mixers.log_linear.BLOCK_TOKENS": 100, **BLOCKS}
+    ),
     "long_conv": Nearer(
         {"max_length": 100, "smooth": 5, "dropout": 0.2}, {"mmlong.ops.long_conv.BLOCK_ELEMENTS": 1 << 12}
     ),

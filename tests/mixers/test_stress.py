@@ -122,6 +122,7 @@ SET: dict[str, Callable[[Any], Logs]] = {
     "hydra": rate,
     "kda": rate,
     "lightning": fixed,
+    "log_linear": rate,
     "lru": modes,
     "mamba": rate,
     "mamba2": rate,
