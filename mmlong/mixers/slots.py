@@ -24,6 +24,8 @@ Decays are differences of ``z``, so that their sums are as exact as ``z`` itself
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,24 +52,27 @@ NARROW_CHUNK = 16
 class _Slots(CellMixer):
     """What both share: projections into heads, and the two passes.
 
-    Args:
+    Attributes:
         name: for errors.
-        dim: width D.
-        causal: always true.
-        heads: ``None`` for 4, or fewer where the width does not divide.
-        slots: m, ``None`` for ``SLOTS`` or the channels of a head, whichever is fewer.
-        chunk: tokens a chunk of the passes' fast form.
     """
 
+    name: ClassVar[str]
+
     def __init__(
-        self, name: str, dim: int, *, causal: bool, heads: int | None, slots: int | None, chunk: int | None
+        self,
+        dim: int,
+        *,
+        causal: bool = True,
+        heads: int | None = None,
+        slots: int | None = None,
+        chunk: int | None = None,
     ) -> None:
         super().__init__(dim, causal=causal)
-        self.heads, self.chunk = heads_of(name, heads, 4, channels=dim), chunk
+        self.heads, self.chunk = heads_of(self.name, heads, 4, channels=dim), chunk
         self.N = dim // self.heads
         self.slots = min(SLOTS, self.N) if slots is None else slots
         if self.slots < 1:
-            raise ValueError(f"{name}: slots must be at least 1, got {slots}")
+            raise ValueError(f"{self.name}: slots must be at least 1, got {slots}")
         self.q_proj = nn.Linear(dim, dim, bias=False)
         self.k_proj = nn.Linear(dim, dim, bias=False)
         self.v_proj = nn.Linear(dim, dim, bias=False)
@@ -120,6 +125,8 @@ class GSA(_Slots):
         ValueError: a width that does not divide into the heads, no slot, or a damping that is not above 0.
     """
 
+    name = "gsa"
+
     def __init__(
         self,
         dim: int,
@@ -131,7 +138,7 @@ class GSA(_Slots):
         chunk: int | None = None,
         norm_eps: float = 1e-5,
     ) -> None:
-        super().__init__("gsa", dim, causal=causal, heads=heads, slots=slots, chunk=chunk)
+        super().__init__(dim, causal=causal, heads=heads, slots=slots, chunk=chunk)
         if not damping > 0:
             raise ValueError(f"gsa: damping must be above 0, got {damping}")
         self.damping, self.norm_eps = damping, norm_eps
@@ -163,16 +170,7 @@ class ABC(_Slots):
         ValueError: a width that does not divide into the heads, or no slot.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        causal: bool = True,
-        heads: int | None = None,
-        slots: int | None = None,
-        chunk: int | None = None,
-    ) -> None:
-        super().__init__("abc", dim, causal=causal, heads=heads, slots=slots, chunk=chunk)
+    name = "abc"
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         return {**super().state_shapes(), "log_sum": (self.heads * self.slots,)}
