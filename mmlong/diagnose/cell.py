@@ -17,7 +17,7 @@ from mmlong.diagnose.probes import PROBES, SILENT, Probe, Size
 from mmlong.training.optim import OptimConfig, build_optimizer
 
 SOLVED = 0.999
-"""Accuracy on fresh training sequences at which training ends early."""
+"""Accuracy on fresh training sequences at which training ends early, unless the probe is patient."""
 LOOK = 100
 """Steps between two looks at it."""
 ASKED_TOKENS = 1 << 17
@@ -144,7 +144,7 @@ def learn(setting: Setting, told: Callable[[int, int, float], None] | None = Non
     model = ProbeModel(probe, backbone)
     cell = Cell(setting, parameters=sum(p.numel() for p in model.parameters()))
     steps = max(1, round(probe.steps * setting.scale))
-    config = OptimConfig(lr=probe.lr, weight_decay=0.1, warmup=min(50, steps // 5 + 1))
+    config = OptimConfig(lr=probe.lr, weight_decay=probe.weight_decay, warmup=min(50, steps // 5 + 1))
     optimizer, schedule = build_optimizer(model, config, steps)
     rng = np.random.default_rng([setting.seed, 0])
     looked = 0.0
@@ -165,7 +165,7 @@ def learn(setting: Setting, told: Callable[[int, int, float], None] | None = Non
             looked = ask(model, probe, probe.train, setting.seed, 2 + step)
             if told is not None:
                 told(step + 1, steps, looked)
-            if looked >= SOLVED:
+            if looked >= SOLVED and not probe.patient:
                 break
     if not cell.failed:
         cell.accuracy = {name: ask(model, probe, (size,), setting.seed, 1) for name, size in probe.tests.items()}

@@ -53,7 +53,7 @@ ORDERINGS: Sequence[Ordering] = (
     Ordering("selective_copy", "64", ("mamba", "mamba2", "attention"), ("s4d", "lru", "s5"), 0.95, 0.7,
              "Gu & Dao 2023, arXiv 2312.00752, table 1"),
     Ordering("induction", "4096", ("mamba",), ("attention",), 0.95, 0.6, "Gu & Dao 2023, arXiv 2312.00752, table 2"),
-    Ordering("parity", "256", ("lstm", "gru", "deltanet:negative_eigenvalues=True"), ("attention", "mamba", "mamba2", "gla", "deltanet", "linear_transformer"), 0.95, 0.7,
+    Ordering("parity", "256", ("lstm", "gru", "deltanet:negative_eigenvalues=True,heads=4"), ("attention", "mamba", "mamba2", "gla", "deltanet", "linear_transformer"), 0.95, 0.7,
              "Grazzi et al. 2024, arXiv 2411.12537"),
     Ordering("modular_addition", "256", ("lstm",), ("attention", "mamba", "mamba2", "gla", "linear_transformer"), 0.95, 0.6,
              "Grazzi et al. 2024, arXiv 2411.12537; Merrill et al. 2024, arXiv 2404.08819"),

@@ -46,6 +46,8 @@ class Probe:
         rows: sequences of a batch.
         steps: of training.
         lr: its peak learning rate.
+        weight_decay: of all weights. A recurrence that is to last longer than it was trained for needs gates wide open or shut, which decay pulls back.
+        patient: go on training when the sizes of training are solved: longer ones are still being learned.
     """
 
     about: str
@@ -58,6 +60,8 @@ class Probe:
     rows: int = 32
     steps: int = 1000
     lr: float = 3e-3
+    weight_decay: float = 0.1
+    patient: bool = False
 
 
 PROBES: Registry[Probe] = Registry("probe")
@@ -214,11 +218,13 @@ _add("parity", Probe(
     "parity of the bits so far", 2, draw_modular,
     train=tuple({"length": n, "modulus": 2} for n in (8, 16, 40)),
     tests={"40": {"length": 40, "modulus": 2, "start": 20}, "256": {"length": 256, "modulus": 2, "start": 128}}, chance=1 / 2,
+    weight_decay=0.0, patient=True,
 ))  # fmt: skip
 _add("modular_addition", Probe(
     "sum of the numbers so far, modulo 5", 5, draw_modular,
     train=tuple({"length": n, "modulus": 5} for n in (8, 16, 40)),
     tests={"40": {"length": 40, "modulus": 5, "start": 20}, "256": {"length": 256, "modulus": 5, "start": 128}}, chance=1 / 5,
+    weight_decay=0.0, patient=True,
 ))  # fmt: skip
 _add("needle", Probe(
     "one pair in noise", 2 + KEYS, draw_needle, train=({"length": 64}, {"length": 256}, {"length": 512}),

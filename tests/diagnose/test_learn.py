@@ -73,6 +73,8 @@ def test_it_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     found = learn(Setting("mamba2", "two letters", dim=32, depth=1))
     assert found.accuracy["2"] > 0.99
     assert found.steps < 400, "it ends where it is solved"
+    monkeypatch.setitem(PROBES._entries, "two letters", replace(probe, patient=True))
+    assert learn(Setting("mamba2", "two letters", dim=32, depth=1)).steps == 400, "longer ones are asked: it goes on"
 
 
 def test_a_loss_that_is_no_number_is_told(tiny: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
