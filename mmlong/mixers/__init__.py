@@ -56,6 +56,8 @@ from mmlong.mixers.state import (
 )
 from mmlong.mixers.striped_hyena import StripedHyena2
 from mmlong.mixers.tcn import TCN
+from mmlong.mixers.titans import Titans
+from mmlong.mixers.ttt import TTTMLP, TTTLinear
 from mmlong.mixers.vmamba import VMamba
 
 __all__ = [
@@ -81,6 +83,7 @@ __all__ = [
     "S4ND",
     "S5",
     "TCN",
+    "TTTMLP",
     "AFTSimple",
     "Attention",
     "Based",
@@ -106,6 +109,8 @@ __all__ = [
     "SGConv",
     "State",
     "StripedHyena2",
+    "TTTLinear",
+    "Titans",
     "Traits",
     "VMamba",
     "create_mixer",

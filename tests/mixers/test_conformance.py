@@ -39,6 +39,7 @@ SCANNED = {"mmlong.ops.scan.CHUNK": 8, **BLOCKS}
 CHUNKED = {"mmlong.ops.chunk_forms.BLOCK_ELEMENTS": 1 << 14, **BLOCKS}
 SCALAR = {"mmlong.ops.linear_attention.BLOCK_ELEMENTS": 1 << 13, **BLOCKS}
 SLOTTED = {**SCALAR, **CHUNKED, **SCANNED}
+LEARNING = {"mmlong.mixers.learning_memory.BLOCK_TOKENS": 20}
 TWO_SIDED = {"mmlong.mixers.kernelised.TWO_SIDED_TOKENS": 50, **SCALAR}
 
 NEARER: dict[str, Nearer] = {
@@ -91,6 +92,9 @@ NEARER: dict[str, Nearer] = {
     "s4": Nearer({"chunk": 8, "d_state": 6}),
     "stripedhyena2": Nearer({"form": "mr", "taps": 40}, {"mmlong.ops.toeplitz_conv.BLOCK_ELEMENTS": 1 << 11, **BLOCKS}),
     "tcn": Nearer({"dilations": [1, 5, 2], "kernel_size": 3, "channels": 3}, BLOCKS),
+    "titans": Nearer({"heads": 2, "mini_batch": 6}, LEARNING),
+    "ttt_linear": Nearer({"heads": 2, "mini_batch": 5}, LEARNING),
+    "ttt_mlp": Nearer({"heads": 2, "mini_batch": 8, "share_qk": False, "gate": False}, LEARNING),
     "s4d": Nearer({"chunk": 8, "d_state": 6, "init": "legs"}),
     "s4nd": Nearer({"chunk": 8, "d_state": 6, "axes": 3, "bandlimit": 0.7}, {"mmlong.mixers.s4nd.MATRIX": 8}),
     "vmamba": Nearer(

@@ -168,11 +168,20 @@ DRIVEN: dict[str, str] = {
     "rwkv7": "its mechanism has none faster than e^-0.61",
     "sgconv": "filters fade over whole scales, by constants",
     "tcn": NONE,
+    "titans": BY_TOKEN,
+    "ttt_linear": NONE,
+    "ttt_mlp": NONE,
 }
 """Mixers without such parameters, and why."""
 
 BOUNDED = {"mega": -13.0}
 """Where a mechanism's fastest decay is slower than e^-20, as its file says."""
+
+
+CHAOTIC = {
+    "ttt_mlp": "its inner steps are in the square of the keys: of tokens in the thousands, gradients grow by 1e30 over 60,000 and overflow float32"
+}
+"""What cannot be asked of 65,536 tokens, as the mechanism's file says."""
 
 
 def strong(name: str) -> Callable[[nn.Module], None] | None:
@@ -224,6 +233,8 @@ def test_near_float64(name: str, causal: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "causal"), forms())
 def test_near_float64_at_65536_tokens(name: str, causal: bool) -> None:
+    if name in CHAOTIC:
+        pytest.xfail(CHAOTIC[name])
     assert check_mixer(name, options={"causal": causal}, only="long stress", dims=(16,), prepare=strong(name))
 
 
