@@ -18,7 +18,6 @@ one bucket that is never merged. A reset begins a new count. Where there is a la
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import ClassVar
 
@@ -30,6 +29,7 @@ from mmlong.layout import Layout
 from mmlong.mixers.blocks import BLOCK_TOKENS
 from mmlong.mixers.cell import CellMixer, Tensors
 from mmlong.mixers.contract import register_mixer
+from mmlong.mixers.ssd import at_least_one, choose_widths, init_steps, init_taps
 from mmlong.mixers.state import State, rebuild_state, select_rows, state_tensors
 from mmlong.ops.gated_norm import gated_rms_norm
 from mmlong.ops.log_linear_attention import log_linear_attention
@@ -63,7 +63,7 @@ class LogLinear(CellMixer):
         norm_eps: added to the mean square in the norm.
 
     Raises:
-        ValueError: an inner width, head width and number of groups that do not divide each other, or other sizes that are too small.
+        ValueError: an inner width, head width and number of groups that do not divide each other, or another size that is too small.
     """
 
     optim_hints: ClassVar[dict[str, dict[str, float]]] = {
@@ -90,23 +90,14 @@ class LogLinear(CellMixer):
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__(dim, causal=causal)
-        inner = round(expand * dim)
-        if headdim is None:
-            headdim = 64 if inner % 64 == 0 else inner
-        d_state = max(8, min(64, dim)) if d_state is None else d_state
-        if inner < 1 or headdim < 1 or ngroups < 1 or inner % headdim or (inner // headdim) % ngroups:
-            raise ValueError(
-                f"log_linear: inner width {inner} (expand x dim) must divide into heads of {headdim}, and its heads into "
-                f"{ngroups} groups: choose headdim and ngroups accordingly"
-            )
-        if d_state < 1 or d_conv < 1 or (chunk is not None and chunk < 1):
-            raise ValueError(f"log_linear: d_state {d_state}, d_conv {d_conv} and chunk {chunk} must be at least 1")
+        widths = choose_widths("log_linear", dim, expand, d_state, headdim, ngroups)
+        at_least_one("log_linear", d_conv=d_conv, chunk=chunk)
         if not 2 <= levels <= 62:
             raise ValueError(f"log_linear: levels must be from 2 to 62, got {levels}")
-        self.inner, self.headdim, self.heads = inner, headdim, inner // headdim
-        self.d_state, self.ngroups, self.d_conv, self.levels = d_state, ngroups, d_conv, levels
-        self.chunk, self.norm_eps = chunk, norm_eps
-        self.conv_dim = inner + 2 * ngroups * d_state
+        inner, self.d_state = widths.inner, widths.d_state
+        self.inner, self.headdim, self.heads = inner, widths.headdim, widths.heads
+        self.ngroups, self.d_conv, self.levels, self.chunk, self.norm_eps = ngroups, d_conv, levels, chunk, norm_eps
+        self.conv_dim = inner + 2 * ngroups * self.d_state
         self.parts = [inner, self.conv_dim, self.heads]
         self.in_proj = nn.Linear(dim, sum(self.parts), bias=False)
         self.level_proj = nn.Linear(dim, self.heads * levels, bias=False)
@@ -124,11 +115,8 @@ class LogLinear(CellMixer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Mamba-2's initial values: dt log-uniform in [1e-3, 1e-1], A uniform in [-16, -1], the convolution as torch's."""
-        bound = self.d_conv**-0.5
-        nn.init.uniform_(self.conv_weight, -bound, bound)
-        nn.init.uniform_(self.conv_bias, -bound, bound)
-        dt = torch.exp(torch.empty(self.heads).uniform_(math.log(1e-3), math.log(1e-1)))
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus undone
+        init_taps(self.conv_weight, self.conv_bias)
+        init_steps(self.dt_bias)
         self.A_log.copy_(torch.empty(self.heads).uniform_(1, 16).log())
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""What the mixers of Mamba-2's kind share (``mamba2``, ``mamba3``, ``hydra``): the choice of widths, first values, and the discretisation."""
+"""What the mixers of Mamba-2's kind share (``mamba2``, ``mamba3``, ``hydra``, ``log_linear``): the choice of widths, first values, and the discretisation."""
 
 from __future__ import annotations
 
