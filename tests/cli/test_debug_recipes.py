@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from mmlong.cli.recipes import load_recipes, main_recipes
+from mmlong.mixers import list_mixers
+from mmlong.training.metrics_csv import column, read_metrics
 
 Call = Callable[..., tuple[int, str]]
 
@@ -80,3 +82,22 @@ def test_another_mixer_is_one_word_on_the_command_line(
         assert status == 0, said
         (run,) = Path("runs", f"{name}.debug").iterdir()
         assert json.loads((run / "config.json").read_text())["backbone"]["mixers"] == [mixer]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", list_mixers(streaming=True))
+def test_bytes_are_learned_with_every_mixer(
+    mixer: str, data: Path, tmp_path: Path, mmlong: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "text/stdlib_ar"
+    steps = ["--trainer.max_steps=48", "--trainer.val_check_interval=48", "--trainer.limit_test_batches=1"]
+    quick = ["--model.optim.warmup=4", "--model.optim.lr=0.01", "--model.optim.ema=0", "--model.samples=0"]
+    status, said = mmlong(
+        "fit", "-c", name, "-c", f"{name}.debug", f"--model.backbone.mixers=[{mixer}]", *steps, *quick
+    )
+    assert status == 0, said
+    (run,) = Path("runs", f"{name}.debug").iterdir()
+    _, bits = column(read_metrics(run / "metrics.csv"), "train/bits")
+    first, last = (sum(some) / len(some) for some in (bits[:4], bits[-4:]))
+    assert last < first - 1, f"{mixer}: from {first:.2f} to {last:.2f} bits a byte"
