@@ -230,8 +230,9 @@ def test_near_float64(name: str, causal: bool) -> None:
     assert check_mixer(name, options={"causal": causal}, only="stress", dims=(32,), prepare=strong(name))
 
 
+# Not those that look at all pairs: a quarter of an hour of them says no more than 1,037 tokens do.
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "causal"), forms())
+@pytest.mark.parametrize(("name", "causal"), [p for p in forms() if MIXERS[p.values[0]].traits.cost != "n^2"])
 def test_near_float64_at_65536_tokens(name: str, causal: bool) -> None:
     if name in CHAOTIC:
         pytest.xfail(CHAOTIC[name])
