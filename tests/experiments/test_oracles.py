@@ -15,6 +15,8 @@ def test_every_mixer_has_an_oracle() -> None:
     """One that nobody has held against anything fails here."""
     found = marked()
     assert set(command.house()) <= set(found)
+    words = {oracle.partition(":")[0] for oracles in found.values() for oracle in oracles}
+    assert words <= {*command.PACKAGES, "definition"}, "the table names the version of each"
     assert found["mamba"] == [
         "definition: token by token",
         "transformers: MambaMixer",

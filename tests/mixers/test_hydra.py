@@ -143,7 +143,7 @@ def test_against_transformers(same_as: Any, dtype: torch.dtype, dim: int, length
 
 
 @pytest.mark.parametrize(("dim", "length", "options"), OPTIONS)
-@pytest.mark.oracle("fla-core: naive_recurrent_simple_gla, each way", "hydra")
+@pytest.mark.oracle("fla: naive_recurrent_simple_gla, each way", "hydra")
 def test_against_fla(same_as: Any, dim: int, length: int, options: dict[str, Any]) -> None:
     m = mixer(dim, torch.float32, **options)
     x = torch.randn(2, length, dim, requires_grad=True)

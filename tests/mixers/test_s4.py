@@ -87,7 +87,7 @@ def test_against_scipy(held: Any) -> None:
     torch.testing.assert_close(*(torch.autograd.grad(t, x, dy)[0] for t in (y, expected)), rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.oracle("definition, full matrices token by token", "s4")
+@pytest.mark.oracle("definition: full matrices, token by token", "s4")
 def test_all_gradients_of_the_definition(same_as: Any) -> None:
     mixer = make(2, d_state=6, chunk=8)
     x = torch.randn(2, 37, 2, dtype=torch.float64, requires_grad=True)
