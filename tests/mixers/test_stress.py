@@ -235,7 +235,10 @@ def test_near_float64(name: str, causal: bool) -> None:
 @pytest.mark.parametrize(("name", "causal"), [p for p in forms() if MIXERS[p.values[0]].traits.cost != "n^2"])
 def test_near_float64_at_65536_tokens(name: str, causal: bool) -> None:
     if name in CHAOTIC:
-        pytest.xfail(CHAOTIC[name])
+        # Should it hold one day, this says so.
+        with pytest.raises(ConformanceError, match="gradient of the inputs: (nan|-?inf) "):
+            check_mixer(name, options={"causal": causal}, only="long stress", dims=(16,), prepare=strong(name))
+        return
     assert check_mixer(name, options={"causal": causal}, only="long stress", dims=(16,), prepare=strong(name))
 
 
