@@ -103,6 +103,28 @@ def scan_order(grid: tuple[int, ...], order: str = "raster") -> Tensor:
     return torch.argsort(code, stable=True)
 
 
+@lru_cache(maxsize=64)
+def patch_index(grid: tuple[int, ...], order: str, sides: tuple[int, ...]) -> Tensor:
+    """Where the cells of each patch of a grid stand in the sequence.
+
+    Args:
+        grid: extent of each axis.
+        order: how it was unrolled.
+        sides: of a patch, dividing the axes.
+
+    Returns:
+        int64 ``(patches, cells of one)``: patches as ``order`` unrolls the grid of them, the cells of each with the last axis fastest. Shared and cached: do not write into it.
+    """
+    coarse = tuple(n // side for n, side in zip(grid, sides, strict=True))
+    patches = torch.stack(torch.unravel_index(scan_order(coarse, order), coarse), dim=-1)
+    inside = torch.stack(torch.unravel_index(torch.arange(math.prod(sides)), sides), dim=-1)
+    cells = patches[:, None] * torch.tensor(sides) + inside
+    strides = torch.tensor([math.prod(grid[a + 1 :]) for a in range(len(grid))])
+    place = torch.empty(math.prod(grid), dtype=torch.long)
+    place[scan_order(grid, order)] = torch.arange(math.prod(grid))
+    return place[(cells * strides).sum(-1)]
+
+
 def _morton_code(coordinates: Tensor) -> Tensor:
     axes = coordinates.shape[-1]
     code = torch.zeros_like(coordinates[:, 0])
@@ -142,6 +164,8 @@ class Layout:
         grid: the N-d shape the whole sequence was unrolled from, e.g. ``(256, 256)``; its product is ``L``.
         order: how it was unrolled; see :func:`scan_order`.
         positions: real ``(B, L, k)`` or ``(1, L, k)`` coordinates, where there is no grid (or only a piece of one).
+        codes: int64 ``(B, L)``, the integer that each position was made from, -1 for a vector that stands before a document; a model gives them to a backbone that reads them
+            (:mod:`mmlong.backbone.spacebyte`), else there are none. Of pooled tokens there are none either.
     """
 
     lengths: Tensor | None = None
@@ -149,6 +173,7 @@ class Layout:
     grid: tuple[int, ...] | None = None
     order: str = "raster"
     positions: Tensor | None = None
+    codes: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.lengths is not None and (self.lengths.ndim != 1 or self.lengths.dtype != torch.int64):
@@ -157,6 +182,8 @@ class Layout:
             raise ValueError(f"resets must be bool (B, L), got {self.resets.dtype} {tuple(self.resets.shape)}")
         if self.positions is not None and self.positions.ndim != 3:
             raise ValueError(f"positions must be (B, L, k), got {tuple(self.positions.shape)}")
+        if self.codes is not None and (self.codes.ndim != 2 or self.codes.dtype != torch.int64):
+            raise ValueError(f"codes must be int64 (B, L), got {self.codes.dtype} {tuple(self.codes.shape)}")
         if self.grid is not None and self.positions is not None:
             raise ValueError("a layout has a grid or positions, not both")
         check_order(self.order)
@@ -173,6 +200,8 @@ class Layout:
             self.positions.shape[0] not in (1, batch) or self.positions.shape[1] != length
         ):
             raise ValueError(f"layout.positions is {tuple(self.positions.shape)}, x has (B, L) = {(batch, length)}")
+        if self.codes is not None and tuple(self.codes.shape) != (batch, length):
+            raise ValueError(f"layout.codes is {tuple(self.codes.shape)}, x has (B, L) = {(batch, length)}")
 
     def to(self, device: torch.device | str) -> Layout:
         """The same layout with its tensors on ``device``."""
@@ -180,7 +209,13 @@ class Layout:
         def move(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.to(device, non_blocking=True)
 
-        return replace(self, lengths=move(self.lengths), resets=move(self.resets), positions=move(self.positions))
+        return replace(
+            self,
+            lengths=move(self.lengths),
+            resets=move(self.resets),
+            positions=move(self.positions),
+            codes=move(self.codes),
+        )
 
     # What mixers ask
 
@@ -225,6 +260,7 @@ class Layout:
             grid=None,
             order="raster",
             positions=None if positions is None else positions[:, start:stop],
+            codes=None if self.codes is None else self.codes[:, start:stop],
         )
 
     def flip_index(self, length: int) -> Tensor | None:
@@ -258,7 +294,8 @@ class Layout:
         if coordinates is not None and self.lengths is not None:
             coordinates = coordinates.expand(self.lengths.shape[0], -1, -1)
         positions = None if coordinates is None else self.flip_tokens(coordinates)
-        return replace(self, resets=resets, grid=None, order="raster", positions=positions)
+        codes = None if self.codes is None else self.flip_tokens(self.codes)
+        return replace(self, resets=resets, grid=None, order="raster", positions=positions, codes=codes)
 
     def pool(self, k: int, length: int) -> Layout:
         """The layout after every ``k`` neighbours became one token (the last group may be short).
@@ -277,6 +314,8 @@ class Layout:
             raise ValueError(
                 "pooling would mix documents: give a pooled model one document a row (layout.resets = None)"
             )
+        if self.codes is not None:
+            return replace(self, codes=None).pool(k, length)
         lengths = None if self.lengths is None else (self.lengths + k - 1).div(k, rounding_mode="floor")
         if self.grid is not None:
             side = round(k ** (1 / len(self.grid)))
@@ -296,6 +335,22 @@ class Layout:
         count = torch.nn.functional.pad(weight, (0, 0, 0, short)).unflatten(1, (-1, k)).sum(2)
         return replace(self, lengths=lengths, grid=None, order="raster", positions=total / count.clamp_min(1))
 
+    def patches(self, sides: tuple[int, ...]) -> tuple[Tensor, Layout]:
+        """Patches of the grid, whatever the scan order: which positions each has, as :func:`patch_index`, and the layout after every patch became one token, a grid in the same order.
+
+        Raises:
+            ValueError: no grid, one of other axes or that the patches do not fill, padded rows or several documents.
+        """
+        name = "x".join(map(str, sides))
+        if self.grid is None or self.lengths is not None or self.resets is not None:
+            raise ValueError(
+                f"patches of {name} are of a whole grid: give layout.grid, without lengths and resets, or pool a number of neighbours"
+            )
+        if len(self.grid) != len(sides) or any(n % side for n, side in zip(self.grid, sides, strict=True)):
+            raise ValueError(f"patches of {name} do not fill the grid {self.grid}: its axes must be multiples of them")
+        coarse = tuple(n // side for n, side in zip(self.grid, sides, strict=True))
+        return patch_index(self.grid, self.order, sides), replace(self, grid=coarse)
+
     def permute(self, index: Tensor) -> Layout:
         """The layout of ``x[:, index]`` for a permutation ``index (L,)`` of the positions.
 
@@ -305,7 +360,8 @@ class Layout:
         if self.lengths is not None or self.resets is not None:
             raise ValueError("cannot permute padded rows or several documents: permute before padding and packing")
         positions = self.coordinates(index.shape[0], index.device)[:, index]
-        return replace(self, grid=None, order="raster", positions=positions)
+        codes = None if self.codes is None else self.codes[:, index]
+        return replace(self, grid=None, order="raster", positions=positions, codes=codes)
 
 
 def document_index(passed: Tensor, length: int, layout: Layout | None) -> Tensor:

@@ -241,6 +241,43 @@ def test_pooling_refuses_what_it_cannot_mean() -> None:
     assert layout.pool(1, 4) is layout
 
 
+# Patches
+
+
+@pytest.mark.parametrize(
+    ("grid", "sides"), [((8, 4), (2, 2)), ((6, 9), (2, 3)), ((4, 4, 6), (2, 1, 3)), ((5, 3), (1, 1)), ((4, 6), (4, 6))]
+)
+@pytest.mark.parametrize("order", ["raster", "serpentine", "morton", "hilbert", "block_raster:3", "random:1"])
+def test_patches_are_blocks_of_the_grid_in_any_order(grid: tuple[int, ...], sides: tuple[int, ...], order: str) -> None:
+    if order == "hilbert" and len(grid) != 2:
+        return
+    layout = Layout(grid=grid, order=order)
+    index, coarse = layout.patches(sides)
+    assert coarse.order == order
+    assert coarse.grid == tuple(n // side for n, side in zip(grid, sides, strict=True))
+    assert sorted(index.flatten().tolist()) == list(range(math.prod(grid)))
+    cells = layout.coordinates(math.prod(grid))[0][index]
+    patches = coarse.coordinates(index.shape[0])[0][:, None]
+    inside = torch.stack(torch.unravel_index(torch.arange(math.prod(sides)), sides), -1)
+    assert torch.equal(cells, patches * torch.tensor(sides) + inside)
+
+
+def test_patches_of_morton_order_are_its_groups() -> None:
+    layout = Layout(grid=(8, 16), order="morton")
+    index, coarse = layout.patches((2, 2))
+    assert torch.equal(index.flatten(), torch.arange(128))
+    assert coarse.grid == layout.pool(4, 128).grid
+
+
+def test_patches_of_no_grid_are_refused() -> None:
+    for layout in (Layout(), Layout(grid=(4, 4), lengths=torch.tensor([16, 3]))):
+        with pytest.raises(ValueError, match="patches of 2x2 are of a whole grid"):
+            layout.patches((2, 2))
+    for grid in ((4, 5), (4,), (4, 4, 4)):
+        with pytest.raises(ValueError, match="do not fill the grid"):
+            Layout(grid=grid).patches((2, 2))
+
+
 # Permute
 
 

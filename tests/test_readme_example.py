@@ -44,7 +44,8 @@ def registered(blocks: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_it_is_a_whole_mixer_in_few_lines(blocks: list[str]) -> None:
-    mixer, check = blocks
+    mixer, check, pattern = blocks
+    assert "PatternAttention" in pattern
     assert len(mixer.splitlines()) < MOST_LINES
     assert "from mmlong.ops." in mixer, "the example is to stand on an existing op"
     assert "..." not in mixer
@@ -62,6 +63,14 @@ def test_the_check_runs_as_written(registered: str, blocks: list[str]) -> None:
     """Compilation and export too."""
     assert f'check_mixer("{registered}")' in blocks[1]
     exec(compile(blocks[1], str(README), "exec"), {"__name__": "readme_example"})
+
+
+def test_a_pattern_is_a_mixer_in_fewer(blocks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MIXERS, "_entries", {name: MIXERS[name] for name in list_mixers()})
+    exec(compile(blocks[2], str(README), "exec"), {"__name__": "readme_example"})
+    wanted = ("causality", "pieces", "padding", "resets", "gradients", "segments", "state", "cost")
+    options = {"window": 5, "first": 2, "heads": 2}
+    assert set(check_mixer("window_and_first", options=options, only=wanted, dims=(16,), probed=63)) == set(wanted)
 
 
 def test_it_is_what_it_says(registered: str) -> None:

@@ -14,12 +14,14 @@ from mmlong.layout import Layout
 from mmlong.ops.attention import attention
 from mmlong.ops.attention_backends import ATTENTION
 from mmlong.ops.backends import Backends
+from mmlong.ops.block_patterns import CAUSAL, First, LastOfBlocks, Pattern, SameBlock, Window
 from mmlong.ops.diagonal import diagonal_recurrence
 from mmlong.ops.gated_norm import gated_rms_norm
 from mmlong.ops.gated_norm_backends import GATED_NORM
 from mmlong.ops.linear_attention import scalar_decay_attention
 from mmlong.ops.linear_attention_backends import LINEAR_ATTENTION
 from mmlong.ops.long_conv import long_conv
+from mmlong.ops.pattern_attention import PATTERN_ATTENTION, pattern_attention
 from mmlong.ops.rotary import rotary_table, rotate
 from mmlong.ops.short_conv import short_conv
 from mmlong.ops.short_conv_backends import SHORT_CONV
@@ -135,6 +137,20 @@ def _attention(
 
     low = frozenset({"q", "k", "v"})
     return Case("attention", name, make, run, low, ATTENTION, frozenset({"flex", "xformers"}), timed)
+
+
+def _pattern(name: str, pattern: Pattern, past: float = 0, timed: bool = False) -> Case:
+    def make(s: Sizes, r: torch.Generator) -> Inputs:
+        S = s.length + int(past * s.length)
+        t = {"q": _normal(r, s.batch, s.heads, s.length, s.width)}
+        return t | {key: _normal(r, s.batch, s.groups, S, s.width) for key in ("k", "v")}
+
+    def run(t: Inputs, backend: str) -> tuple[Tensor, ...]:
+        before = t["k"].shape[2] - t["q"].shape[2]
+        return (pattern_attention(t["q"], t["k"], t["v"], pattern, before, k_size=8, backend=backend),)
+
+    low = frozenset({"q", "k", "v"})
+    return Case("pattern_attention", name, make, run, low, PATTERN_ATTENTION, frozenset({"flex"}), timed)
 
 
 # Linear attention
@@ -275,6 +291,9 @@ CASES: list[Case] = [
     _attention("documents", layout="documents", timed=True),
     _attention("documents, window", window=32, layout="documents"),
     _attention("documents after a past", past=0.5, layout="documents"),
+    _pattern("blocks and their last tokens", (SameBlock(32) | LastOfBlocks(32, 8)) & CAUSAL, timed=True),
+    _pattern("the first tokens after a past", (Window(16, 0) | First(4)) & CAUSAL, past=0.5),
+    _pattern("blocks and what is around, both sides", SameBlock(16, 8, 8)),
     _linear("mamba2", rated=True, timed=True),
     _linear("mamba2, documents, padded", rated=True, layout=True),
     _linear("free decay", rated=False, timed=True),

@@ -6,12 +6,18 @@ channel (LayerScale, Touvron et al. 2021) and dropped per sample in training (st
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
 
+from mmlong.backbone import product_key_memory  # noqa: F401  (registers a feed-forward)
+from mmlong.backbone.colt5 import CoLT5
+from mmlong.backbone.experts import Experts
 from mmlong.backbone.feedforward import create_ffn
 from mmlong.layout import Layout
 from mmlong.mixers import Mixer, State
@@ -23,7 +29,7 @@ class Block(nn.Module):
     Args:
         mixer: a :class:`Mixer` or anything with its signature, ``causal`` and ``streaming``.
         dim: width D.
-        ffn: feed-forward by name (``swiglu``, ``mlp``, ``none``).
+        ffn: feed-forward by name (``swiglu``, ``mlp``, ``switch``, ``st_moe``, ``product_key_memory``, ``colt5``, ``none``), or ``{"name": ..., **options}``.
         ffn_ratio: hidden width of the feed-forward over D.
         dropout: after each branch.
         drop_path: chance that a sample skips a branch in training.
@@ -35,7 +41,7 @@ class Block(nn.Module):
         self,
         mixer: Mixer | nn.Module,
         dim: int,
-        ffn: str = "swiglu",
+        ffn: str | Mapping[str, Any] = "swiglu",
         ffn_ratio: float = 8 / 3,
         dropout: float = 0.0,
         drop_path: float = 0.0,
@@ -54,47 +60,77 @@ class Block(nn.Module):
 
     @property
     def causal(self) -> bool:
-        return bool(self.mixer.causal)
+        return bool(self.mixer.causal) and not isinstance(self.ffn, CoLT5)
 
     @property
     def streaming(self) -> bool:
-        return bool(self.mixer.streaming)
+        return bool(self.mixer.streaming) and not isinstance(self.ffn, CoLT5)
 
     def mix(self, x: Tensor, state: State = None, layout: Layout | None = None) -> tuple[Tensor, State]:
         """The mixer's branch: what is added to ``x``, and the state."""
         y, state = self.mixer(self.norm1(x), state, layout)
         return self.drop_path(self.dropout(self.scale1(y))), state
 
-    def feed(self, x: Tensor) -> Tensor:
+    def feed(self, x: Tensor, layout: Layout | None = None) -> Tensor:
         """The feed-forward's branch, of a block that has one."""
         assert self.ffn is not None
         assert self.norm2 is not None
-        return self.drop_path(self.dropout(self.scale2(self.ffn(self.norm2(x)))))
+        normed = self.norm2(x)
+        if isinstance(self.ffn, Experts):
+            fed = self.ffn(normed, None if layout is None else layout.valid(x.shape[1]))
+        elif isinstance(self.ffn, CoLT5):
+            fed = self.ffn(normed, layout)
+        else:
+            fed = self.ffn(normed)
+        return self.drop_path(self.dropout(self.scale2(fed)))
 
     def forward(self, x: Tensor, state: State = None, layout: Layout | None = None) -> tuple[Tensor, State]:
         """``(B, L, D)`` to ``(B, L, D)`` and the mixer's state."""
         y, state = self.mix(x, state, layout)
         x = x + y
         if self.ffn is not None:
-            x = x + self.feed(x)
+            x = x + self.feed(x, layout)
         return x, state
 
 
 class Merge(nn.Module):
-    """``k`` neighbouring tokens become one wider token: concatenated, normed, projected (patch merging, Liu et al. 2021).
+    """Several tokens become one wider token: concatenated, normed, projected (patch merging, Liu et al. 2021).
 
-    On a grid in Morton order and ``k = 4`` a group is a 2x2 block. Positions past a row's length count as zeros, and a short last group is
-    filled with zeros.
+    Which: ``k`` neighbours in the sequence, or, given as ``HxW``, a patch of the grid in whatever scan order, which is what Swin's are with ``2x2``. On a grid in Morton order ``4`` and ``2x2`` are the same. Of neighbours, positions past a
+    row's length count as zeros, and a short last group is filled with zeros; patches are of whole grids.
+
+    Args:
+        size: ``k``, or the sides of a patch, e.g. ``2x2``.
+        dim_in, dim_out: width of the tokens before and after.
+        norm_eps: of the layer norm.
+
+    Raises:
+        ValueError: a size that is neither. When called: patches of what is no grid that they fill.
+
+    Attributes:
+        k: tokens that become one.
+        sides: of a patch; ``None`` for neighbours.
     """
 
-    def __init__(self, k: int, dim_in: int, dim_out: int, norm_eps: float = 1e-5) -> None:
+    def __init__(self, size: int | str, dim_in: int, dim_out: int, norm_eps: float = 1e-5) -> None:
         super().__init__()
+        written = re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", str(size))
+        if written is None:
+            raise ValueError(
+                f"backbone.pool: {size!r} is neither a number of neighbours nor the sides of a patch, as 2x2"
+            )
+        sides = tuple(int(n) for n in str(size).split("x"))
+        self.sides = sides if len(sides) > 1 else None
+        k = math.prod(sides)
         self.k = k
         self.norm = nn.LayerNorm(k * dim_in, eps=norm_eps)
         self.project = nn.Linear(k * dim_in, dim_out)
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
         """``(B, L, dim_in)`` to ``(B, ceil(L / k), dim_out)``."""
+        if self.sides is not None:
+            index, _ = (layout or Layout()).patches(self.sides)
+            return self.project(self.norm(x[:, index.to(x.device)].flatten(2)))
         valid = None if layout is None else layout.valid(x.shape[1])
         if valid is not None:
             x = torch.where(valid[..., None], x, 0)
@@ -106,3 +142,9 @@ class Merge(nn.Module):
             x = nn.functional.pad(x, (0, 0, 0, short))
         x = x.reshape(x.shape[0], groups, self.k * x.shape[2])
         return self.project(self.norm(x))
+
+    def layout_out(self, layout: Layout | None, length: int) -> Layout | None:
+        """The layout of what comes out, of ``length`` tokens under ``layout``."""
+        if self.sides is not None:
+            return (layout or Layout()).patches(self.sides)[1]
+        return None if layout is None else layout.pool(self.k, length)

@@ -6,6 +6,9 @@ holds the hidden activations of the whole sequence.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 
 from mmlong.ops.swiglu import swiglu
@@ -14,9 +17,11 @@ from mmlong.registry import Registry
 FFNS: Registry[type[nn.Module]] = Registry("feed-forward")
 
 
-def create_ffn(name: str, dim: int, ratio: float) -> nn.Module | None:
-    """A feed-forward by name for width ``dim`` and hidden width ``ratio * dim``; ``none`` gives ``None``."""
-    return None if name == "none" else FFNS.create(name, dim, ratio)
+def create_ffn(spec: str | Mapping[str, Any], dim: int, ratio: float) -> nn.Module | None:
+    """A feed-forward for width ``dim`` and hidden width ``ratio * dim``, by name or ``{name: ..., option: ...}``; ``none`` gives ``None``."""
+    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = options.pop("name")
+    return None if name == "none" else FFNS.create(name, dim, ratio, **options)
 
 
 @FFNS.register("swiglu")

@@ -43,7 +43,7 @@ class ReversibleBlock(Block):
         y, state = self.mix(x2, state, layout)
         x1, x2 = x2, x1 + y
         if self.ffn is not None:
-            x1, x2 = x2, x1 + self.feed(x2)
+            x1, x2 = x2, x1 + self.feed(x2, layout)
         return (x1, x2), state
 
     def compile(self, *args: Any, **options: Any) -> None:
@@ -84,7 +84,7 @@ def _parts(
     for block, state in zip(blocks, states, strict=True):
         add(lambda x, s, b=block: b.mix(x, s, layout), True, state, [block.norm1, block.mixer, block.scale1])  # type: ignore[misc]
         if block.ffn is not None:
-            add(lambda x, s, b=block: (b.feed(x), None), False, None, [block.norm2, block.ffn, block.scale2])  # type: ignore[misc]
+            add(lambda x, s, b=block: (b.feed(x, layout), None), False, None, [block.norm2, block.ffn, block.scale2])  # type: ignore[misc]
     return parts, tensors
 
 

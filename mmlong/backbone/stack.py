@@ -7,7 +7,7 @@ such a backbone is not causal.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +16,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmlong.backbone.block import Block, Merge
+from mmlong.backbone.colt5 import CoLT5
 from mmlong.backbone.directions import Direction, create_directed
+from mmlong.backbone.forms import write_form
+from mmlong.backbone.parts import count_blocks, make_parts
 from mmlong.backbone.reverse_complement import join_strands, split_strands
 from mmlong.backbone.reversible import ReversibleBlock, reversible_stack
 from mmlong.layout import Layout
 from mmlong.mixers import State
+from mmlong.mixers.own_loss import asked_again
 
 
 @dataclass
@@ -30,10 +34,12 @@ class BackboneConfig:
     Attributes:
         dim: width; or one a stage.
         depth: blocks; or one number a stage.
-        pool: how many neighbours become one token between stages (one less than there are stages); empty for a plain stack.
+        pool: how many neighbours become one token between stages (one less than there are stages), or the sides of a patch of the grid that does, as ``2x2`` (:class:`~mmlong.backbone.block.Merge`); empty for a plain stack.
+        parts: a list of blocks and levels instead of ``depth`` and ``mixers`` (:mod:`mmlong.backbone.parts`), e.g. ``[mamba2 x 2, [pool 4, [mamba2 x 4], up], mamba2 x 2]``; empty for none.
+        form: a published hierarchy by name, or ``{name: ..., option: ...}``, which writes ``parts`` (:mod:`mmlong.backbone.forms`); empty for none.
         mixers: mixer names, or ``{name: ..., option: ...}``, repeated over depth; or one such list a stage.
         direction: ``causal``, ``alternate`` or ``both``; see :mod:`mmlong.backbone.directions`.
-        ffn: feed-forward: ``swiglu``, ``mlp`` or ``none``.
+        ffn: feed-forward: ``swiglu``, ``mlp``, ``none``; experts, ``switch`` or ``st_moe`` (:mod:`mmlong.backbone.experts`); ``colt5``, a heavy branch for some tokens (:mod:`mmlong.backbone.colt5`); a memory, ``product_key_memory`` (:mod:`mmlong.backbone.product_key_memory`); or ``{name: ..., option: ...}``. A mixer written as a mapping may have its block's own: ``{name: mamba2, ffn: none}``, ``{name: s4, ffn: {name: mlp, ratio: 2}}``.
         ffn_ratio: its hidden width over ``dim``; or one a stage.
         dropout: after each residual branch.
         drop_path: chance of skipping a branch at the last block, rising linearly with depth.
@@ -47,10 +53,12 @@ class BackboneConfig:
 
     dim: int | list[int] = 128
     depth: int | list[int] = 4
-    pool: list[int] = field(default_factory=list)
+    pool: list[int | str] = field(default_factory=list)
     mixers: list[Any] = field(default_factory=lambda: ["mamba2"])
+    parts: list[Any] = field(default_factory=list)
+    form: str | dict[str, Any] = ""
     direction: Direction = "causal"
-    ffn: str = "swiglu"
+    ffn: str | dict[str, Any] = "swiglu"
     ffn_ratio: float | list[float] = 8 / 3
     dropout: float = 0.0
     drop_path: float = 0.0
@@ -58,6 +66,19 @@ class BackboneConfig:
     checkpoint: bool = False
     reversible: bool = False
     reverse_complement: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.form:
+            return
+        if not isinstance(self.dim, int):
+            raise ValueError(f"backbone.form is of one width that it makes others of, got dim {self.dim}")
+        written = write_form(self.form, self.dim)
+        # A saved configuration has both.
+        if self.parts and self.parts != written:
+            raise ValueError(
+                f"backbone.form {self.form!r} writes backbone.parts, and there are others: leave one of the two empty"
+            )
+        self.parts = written
 
 
 def _per_stage(name: str, value: Any, stages: int) -> list[Any]:
@@ -79,6 +100,7 @@ class Backbone(nn.Module):
         dim_in: width of the tokens that come in.
         num_features: width of the features that go out.
         stride: input tokens per output token.
+        tokens_out: output tokens of every row, where that is no matter of its length (:attr:`mmlong.backbone.part.Part.tokens_out`); else ``None``.
     """
 
     def __init__(self, config: BackboneConfig) -> None:
@@ -109,24 +131,54 @@ class Backbone(nn.Module):
                     f"each strand takes half of backbone.dim, which must be even with reverse_complement; got {odd[0]}"
                 )
             dims = [dim // 2 for dim in dims]
-        make = ReversibleBlock if config.reversible else Block
+        if config.parts and (stages > 1 or config.reversible or config.reverse_complement):
+            raise ValueError(
+                "backbone.parts is a stack of its own making: leave pool empty, reversible and reverse_complement false"
+            )
         self.stride = 1
-        total, index = sum(depths), 0
+        total, index = sum(map(count_blocks, config.parts)) if config.parts else sum(depths), 0
         self.stages = nn.ModuleList()
         self.merges = nn.ModuleList()
+
+        def make(mixer: Any, dim: int, ratio: float = ratios[0], direction: Direction = config.direction) -> Block:
+            nonlocal index
+            ffn = config.ffn
+            if isinstance(mixer, Mapping) and "ffn" in mixer:
+                own = {key: value for key, value in mixer.items() if key != "ffn"}
+                mixer, ffn = own, mixer["ffn"]
+            if isinstance(ffn, Mapping) and "ratio" in ffn:
+                ratio = float(ffn["ratio"])
+                ffn = {key: value for key, value in ffn.items() if key != "ratio"}
+            drop_path = config.drop_path * index / max(total - 1, 1)
+            directed = create_directed(mixer, dim, direction, index)
+            index += 1
+            kind = ReversibleBlock if config.reversible else Block
+            return kind(directed, dim, ffn, ratio, config.dropout, drop_path, config.layer_scale)
+
         for s in range(stages):
-            blocks = nn.ModuleList()
-            for i in range(depths[s]):
-                mixer = create_directed(mixers[s][i % len(mixers[s])], dims[s], config.direction, index)
-                drop_path = config.drop_path * index / max(total - 1, 1)
-                blocks.append(
-                    make(mixer, dims[s], config.ffn, ratios[s], config.dropout, drop_path, config.layer_scale)
-                )
-                index += 1
-            self.stages.append(blocks)
+            if config.parts:
+                self.stages.append(nn.ModuleList(make_parts(config.parts, dims[0], make)))
+                continue
+            specs = [mixers[s][i % len(mixers[s])] for i in range(depths[s])]
+            self.stages.append(nn.ModuleList(make(spec, dims[s], ratios[s]) for spec in specs))
             if s + 1 < stages:
-                self.merges.append(Merge(config.pool[s], dims[s], dims[s + 1]))
-                self.stride *= config.pool[s]
+                merge = Merge(config.pool[s], dims[s], dims[s + 1])
+                self.merges.append(merge)
+                self.stride *= merge.k
+        if any(getattr(part, "tokens_out", None) is not None for part in self.parts()[:-1]):
+            raise ValueError("backbone.parts: what leaves other tokens, as a perceiver does, stands last")
+        last = self.parts()[-1] if self.parts() else None
+        self.tokens_out: int | None = getattr(last, "tokens_out", None)
+        if last is not None and self.tokens_out is not None:
+            self.num_features = dims[-1] = last.width_out
+        if config.direction == "causal" and any(isinstance(block.ffn, CoLT5) for block in self.blocks()):
+            raise ValueError(
+                "backbone.ffn: colt5 chooses tokens of the whole sequence, later ones too: use direction alternate or both, or ffn: switch, whose tokens are alone"
+            )
+        if config.reversible and self.has_own_loss:
+            raise ValueError(
+                "backbone.reversible keeps no graph that a mixer's own loss could be part of: set its weight (index_loss, span_loss) to 0, or reversible to false"
+            )
         self.norm = nn.LayerNorm(dims[-1])
         self.grad_checkpointing = config.checkpoint
         self._init_residuals(total)
@@ -140,23 +192,57 @@ class Backbone(nn.Module):
 
     def blocks(self) -> list[Any]:
         """Every block, in depth order."""
-        return [block for stage in self.stages for block in stage]  # type: ignore[attr-defined]
+        return [block for part in self.parts() for block in part.modules() if isinstance(block, Block)]
+
+    def parts(self) -> list[Any]:
+        """What the stages are made of, in depth order: blocks, and levels that hold some."""
+        return [part for stage in self.stages for part in stage]  # type: ignore[attr-defined]
 
     @property
     def causal(self) -> bool:
         both = bool(self.merges) or self.config.reverse_complement
-        return not both and all(block.causal for block in self.blocks())
+        return not both and all(part.causal for part in self.parts())
 
     @property
     def streaming(self) -> bool:
         both = bool(self.merges) or self.config.reverse_complement
-        return not both and all(block.streaming for block in self.blocks())
+        return not both and all(part.streaming for part in self.parts())
+
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether one of its mixers has a loss of its own (:mod:`mmlong.mixers.own_loss`)."""
+        return any(bool(getattr(m, "has_own_loss", False)) for m in self.modules() if m is not self)
+
+    @property
+    def reads_codes(self) -> frozenset[str]:
+        """Kinds of modality whose codes some part reads in ``layout.codes``, which the model is to give it; ``any`` for whichever; empty if none does."""
+        found = (getattr(m, "reads_codes", None) for m in self.modules() if m is not self)
+        return frozenset(kind for kind in found if kind)
+
+    @property
+    def per_token(self) -> bool:
+        """Whether every token that comes in has one that goes out."""
+        return self.stride == 1 and self.tokens_out is None
+
+    @property
+    def instead(self) -> str:
+        """What one that is not ``per_token`` makes, as a clause for an error."""
+        return f"makes one of {self.stride}" if self.tokens_out is None else f"makes {self.tokens_out} of them all"
+
+    def length_out(self, length: int | None) -> int | None:
+        """Output tokens of an input of ``length`` tokens; ``None`` where that is not known."""
+        if self.tokens_out is not None or length is None:
+            return self.tokens_out
+        return -(-length // self.stride)
 
     def layout_out(self, layout: Layout | None, length: int) -> Layout | None:
         """The layout of the output tokens, for an input of ``length`` tokens under ``layout``."""
-        for k in self.config.pool:
-            layout = None if layout is None else layout.pool(k, length)
-            length = -(-length // k)
+        if self.tokens_out is not None:
+            return None
+        for merge in self.merges:
+            assert isinstance(merge, Merge)
+            layout = merge.layout_out(layout, length)
+            length = -(-length // merge.k)
         return layout
 
     def forward(self, x: Tensor, state: State = None, layout: Layout | None = None) -> tuple[Tensor, State]:
@@ -164,7 +250,7 @@ class Backbone(nn.Module):
 
         Args:
             x: ``(B, L, dim_in)``.
-            state: a tuple with one state a block, or ``None``.
+            state: a tuple with one state a block or level, or ``None``.
             layout: of ``x``.
 
         Returns:
@@ -172,28 +258,31 @@ class Backbone(nn.Module):
 
         Raises:
             TypeError: integers.
-            ValueError: another shape, or a state of another number of blocks.
+            ValueError: another shape, or a state of another number of parts.
         """
         if not x.is_floating_point():
             raise TypeError(
                 f"the backbone takes real vectors, got {x.dtype}: embed codes first (modality.embed(tokens, layout), or call the model)"
             )
-        if x.ndim != 3 or x.shape[-1] != self.dim_in:
-            raise ValueError(f"the backbone takes (B, L, {self.dim_in}), got {tuple(x.shape)}")
+        if x.ndim != 3 or x.shape[-1] != self.dim_in or x.shape[1] < 1:
+            raise ValueError(f"the backbone takes (B, L, {self.dim_in}) with L >= 1, got {tuple(x.shape)}")
+        if layout is not None:
+            layout.check(x.shape[0], x.shape[1])
+        if state is not None and not self.streaming:
+            raise ValueError("the backbone was given a state but has none: not all of it is causal and streams")
         given, length_in = layout, x.shape[1]
         if self.config.reverse_complement:
             x, layout = split_strands(x, layout)
-        blocks = self.blocks()
-        if state is not None and len(state) != len(blocks):
-            raise ValueError(f"the state has {len(state)} entries, the backbone {len(blocks)} blocks")
-        states = iter(state if state is not None else [None] * len(blocks))
+        parts = self.parts()
+        if state is not None and len(state) != len(parts):
+            raise ValueError(f"the state has {len(state)} entries, the backbone {len(parts)} blocks")
+        states = iter(state if state is not None else [None] * len(parts))
         out = []
         for s, stage in enumerate(self.stages):
             if s:
                 merge: Any = self.merges[s - 1]
                 length = x.shape[1]
-                x = merge(x, layout)
-                layout = None if layout is None else layout.pool(merge.k, length)
+                x, layout = merge(x, layout), merge.layout_out(layout, length)
             if self.config.reversible:
                 here = [next(states) for _ in stage]  # type: ignore[attr-defined]
                 x, after = reversible_stack(list(stage), x, here, layout)  # type: ignore[call-overload]
@@ -201,7 +290,7 @@ class Backbone(nn.Module):
                 continue
             for block in stage:  # type: ignore[attr-defined]
                 if self.grad_checkpointing and torch.is_grad_enabled():
-                    x, after = checkpoint(block, x, next(states), layout, use_reentrant=False)
+                    x, after = checkpoint(block, x, next(states), layout, use_reentrant=False, context_fn=asked_again)
                 else:
                     x, after = block(x, next(states), layout)
                 out.append(after)

@@ -5,6 +5,7 @@ Sides alternate (ours, theirs, ours, theirs, ...), so that whatever else the mac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from mmlong.bench.peers import PEERS
 from mmlong.bench.process import Job, RunJob, run_job
 from mmlong.bench.rows import Row, gather
+from mmlong.mixers import MIXERS
 
 Say = Callable[[str], None]
 
@@ -71,6 +73,7 @@ class Conditions:
         max_memory: bytes that a process may take on a CPU; ``None`` for any.
         timeout: seconds that a process may take; ``None`` for any.
         peer_length: peers run up to this length only; ``None`` for all.
+        quadratic_length: mixers of ours whose cost is ``n^2`` run up to this length only; ``None`` for all.
     """
 
     lengths: Sequence[int]
@@ -85,6 +88,7 @@ class Conditions:
     max_memory: int | None = None
     timeout: float | None = None
     peer_length: int | None = None
+    quadratic_length: int | None = None
 
     def where(self) -> Job:
         """What every job is told."""
@@ -110,11 +114,21 @@ def run_contests(
         for dtype in conditions.dtypes:
             for mode in conditions.modes:
                 for i, sides in enumerate(contests):
-                    far = conditions.peer_length is not None and length > conditions.peer_length
-                    here = [side for side in sides if side.side == "ours" or not far]
+                    here = [side for side in sides if length <= _longest(side, conditions)]
                     size = {"dim": conditions.dim, "batch": conditions.batch, "length": length}
                     job = {"kind": "layer", **conditions.where(), **size, "dtype": dtype, "mode": mode}
                     yield from _contest(here, job, conditions, checked[i], run, say)
+
+
+def _longest(side: Subject, conditions: Conditions) -> float:
+    """The greatest length at which a side runs: one that its options allow, too."""
+    options = {**(PEERS[side.peer].options if side.peer is not None else {}), **side.options}
+    limits = [options.get("max_length")]
+    if side.side != "ours":
+        limits.append(conditions.peer_length)
+    elif MIXERS[side.mixer].traits.cost == "n^2":
+        limits.append(conditions.quadratic_length)
+    return min((n for n in limits if n is not None), default=math.inf)
 
 
 def _contest(

@@ -20,7 +20,7 @@ from mmlong.measure import memory
 from mmlong.measure.machine import DTYPES, synchronise
 from mmlong.mixers import MIXERS, create_mixer
 
-WARM_UP = 256
+WARM_UP = 1024
 """Tokens of the first, short run."""
 COMPARED = 1500
 """Tokens on which the two sides of a comparison must agree."""

@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import mmlong.bench.hierarchy_peers
+import mmlong.bench.low_rank_peers
+import mmlong.bench.selected_peers
+import mmlong.bench.sparse_peers
 import mmlong.bench.state_peers  # noqa: F401  registers them
 from mmlong.bench.peer import (
     PEERS,
@@ -75,7 +79,7 @@ def _mamba2(dim: int, options: dict[str, Any]) -> Pair:
     package="transformers",
     module="transformers",
     title="transformers LongformerSelfAttention",
-    options={"window": 512, "rope": False, "bias": True},
+    options={"window": 512, "positions": "none", "bias": True},
     direction="both",
 )
 def _longformer(dim: int, options: dict[str, Any]) -> Pair:
@@ -124,7 +128,7 @@ def _longformer(dim: int, options: dict[str, Any]) -> Pair:
     package="local-attention",
     module="local_attention",
     title="local-attention LocalAttention",
-    options={"window": 512, "rope": False},
+    options={"window": 512, "positions": "none"},
 )
 def _local_attention(dim: int, options: dict[str, Any]) -> Pair:
     """``window`` tokens before each, without positions, and projections as ours around it."""
@@ -154,4 +158,23 @@ def _s5(dim: int, options: dict[str, Any]) -> Pair:
 
     ours: Any = create_mixer("s4d", dim, **options)
     theirs: Any = S5(dim)
+    return Pair(ours, theirs, lambda x: ours(x)[0], theirs)
+
+
+@register_peer(
+    "sdpa",
+    mixer="attention",
+    package="torch",
+    module="torch",
+    title="torch scaled_dot_product_attention",
+    options={"positions": "none"},
+)
+def _sdpa(dim: int, options: dict[str, Any]) -> Pair:
+    """Torch's own kernel between the same projections: what the mixer's care for states, layouts and backends costs."""
+    ours: Any = create_mixer("attention", dim, **options)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    theirs = Projected(ours, attend)
     return Pair(ours, theirs, lambda x: ours(x)[0], theirs)

@@ -155,10 +155,11 @@ def stream_table(streams: Sequence[dict[str, Any]]) -> Table:
 
 
 def growth_lines(found: Sequence[Growth]) -> list[str]:
-    """How time grows with the length, a line each."""
+    """How time and memory grow with the length, a line each."""
     return [
-        f"{g.name}, {g.side}, {g.dtype}, {g.mode}: time grows as length^{g.exponent:.2f} "
-        f"from {g.lengths[0]:,} to {g.lengths[-1]:,}"
+        f"{g.name}, {g.side}, {g.dtype}, {g.mode}: time grows as length^{g.exponent:.2f}"
+        + ("" if g.memory is None else f", memory as length^{g.memory:.2f},")
+        + f" from {g.lengths[0]:,} to {g.lengths[-1]:,}"
         for g in found
     ]
 

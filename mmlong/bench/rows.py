@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -119,7 +119,7 @@ def ratio(row: Row, rows: Iterable[Row]) -> float | None:
 
 @dataclass(frozen=True)
 class Growth:
-    """How the time of one thing grows with the length: ``seconds ~ length ** exponent``, by least squares of the logarithms."""
+    """How the time and memory of one thing grow with the length: ``seconds ~ length ** exponent``, ``bytes ~ length ** memory``, by least squares of the logarithms; ``memory`` is ``None`` where it was not measured."""
 
     name: str
     side: str
@@ -128,23 +128,28 @@ class Growth:
     mode: str
     lengths: tuple[int, ...]
     exponent: float
+    memory: float | None = None
 
 
 def growths(rows: Iterable[Row]) -> list[Growth]:
     """Of everything that was measured at more than one length."""
-    lines: dict[tuple[Any, ...], dict[int, float]] = {}
+    lines: dict[tuple[Any, ...], dict[int, Row]] = {}
     for row in rows:
         if row.best:
             key = (row.name, row.side, row.against, row.dtype, row.mode, row.kind, row.dim, row.batch)
-            lines.setdefault(key, {})[row.length] = row.best
-    return [
-        Growth(key[0], key[1], key[2], key[3], key[4], tuple(sorted(line)), exponent(line))
-        for key, line in lines.items()
-        if len(line) > 1
-    ]
+            lines.setdefault(key, {})[row.length] = row
+    found: list[Growth] = []
+    for key, line in lines.items():
+        if len(line) > 1:
+            memory = {n: row.memory_bytes for n, row in line.items() if row.memory_bytes}
+            slope = exponent(memory) if len(memory) == len(line) else None
+            found.append(
+                Growth(*key[:5], tuple(sorted(line)), exponent({n: r.best for n, r in line.items() if r.best}), slope)
+            )
+    return found
 
 
-def exponent(line: dict[int, float]) -> float:
+def exponent(line: Mapping[int, float]) -> float:
     """Least-squares slope of ``log y`` on ``log x``, for at least two different ``x``."""
     xs, ys = [math.log(x) for x in line], [math.log(y) for y in line.values()]
     return statistics.linear_regression(xs, ys).slope

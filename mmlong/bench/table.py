@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from mmlong.bench.contest import Subject, against
 from mmlong.bench.report import Report
 from mmlong.bench.rows import Row, growths
+from mmlong.mixers import MIXERS
 
 REFERENCE = 178e9
 AT = 65536
 """Where the aims are."""
 DIM = 256
-GROWTH = 1.05
+GROWTH = {"n": 1.05, "n log n": 1.05, "n sqrt n": 1.55}
+"""Of time, from the first length of a table to the last, by a mixer's cost."""
+MEMORY_GROWTH = 1.05
 STEP_SHARE = 0.5
 STEP_BF16 = 1.5
 
@@ -27,14 +30,16 @@ class Aim:
     Attributes:
         mixer: ours.
         peer: in whose comparison; ``None`` for a mixer without a peer.
-        seconds: of the shortest run on the reference machine.
+        seconds: of the shortest run on the reference machine; ``None``: any.
         memory: bytes above the baseline; ``None``: any.
+        times: of the peer's shortest run, at most; ``None``: any.
     """
 
     mixer: str
     peer: str | None
-    seconds: float
+    seconds: float | None = None
     memory: float | None = None
+    times: float | None = None
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,14 @@ class Preset:
         lengths: tokens of a row.
         peer_length: peers run up to this length only.
         step: the default backbone's training step too.
+        at: tokens at which the aims are, and up to which mixers run whose work is quadratic.
     """
 
     aims: tuple[Aim, ...]
     lengths: tuple[int, ...]
     peer_length: int
     step: bool
+    at: int = AT
 
 
 FIRST = (
@@ -80,10 +87,31 @@ STATE = (
     Aim("min_gru", None, 1.5),
     Aim("hgrn", None, 1.5),
 )
+SOFTMAX = (
+    Aim("longformer", "longformer-globals", 3.5, 3e9),
+    Aim("bigbird", "bigbird-transformers", 4.0, 3e9),
+    Aim("reformer", "reformer-transformers", 5.0),
+    Aim("reformer", "reformer-pytorch", 5.0),
+    Aim("sinkhorn", "sinkhorn-transformer", 2.0),
+    Aim("routing", "routing-transformer", 2.0),
+    Aim("nystromformer", "nystrom-attention", 1.5),
+    Aim("nystromformer", "nystromformer", 1.5),
+    Aim("linformer", "linformer", 1.5),
+    Aim("axial", "axial-attention", 2.0),
+    Aim("h_transformer", "h-transformer-1d", 2.0),
+    Aim("h_transformer", "h-transformer-1d-causal", 2.0),
+    Aim("fnet", "fnet", 2.5),
+    Aim("nsa", None),
+    Aim("moba", None),
+)
+DENSE = (Aim("attention", "sdpa", times=1.1),)
 PRESETS = {
     "first": Preset(FIRST, (16384, AT, 262144), AT, step=True),
     # Peers of minutes and tens of gigabytes at 65,536 tokens are met at a length where all of them run.
     "state": Preset(STATE, (16384, AT), 16384, step=False),
+    "softmax": Preset(SOFTMAX, (16384, AT, 262144), AT, step=False),
+    # Work is quadratic: one length says it.
+    "dense": Preset(DENSE, (16384,), 16384, step=False, at=16384),
 }
 
 
@@ -96,19 +124,35 @@ def verdicts(report: Report) -> list[tuple[str, str, str, bool]]:
     """Each aim that this report can answer: ``(what, aimed at, found, holds)``."""
     peak = report.peaks.get("gemm_fp32")
     said: list[tuple[str, str, str, bool]] = []
-    for aim in PRESETS[report.settings.get("preset", "first")].aims:
-        row = _row(report, aim)
+    preset = PRESETS[report.settings.get("preset", "first")]
+    for aim in preset.aims:
+        row = _row(report, aim, preset.at)
         if row is None or not row.best or peak is None:
             continue
-        seconds = aim.seconds * REFERENCE / peak
-        said.append((f"{row.name}, {AT:,} tokens", f"{seconds:.2f} s", f"{row.best:.2f} s", row.best <= seconds))
+        if aim.seconds is not None:
+            seconds = aim.seconds * REFERENCE / peak
+            what = f"{row.name}, {preset.at:,} tokens"
+            said.append((what, f"{seconds:.2f} s", f"{row.best:.2f} s", row.best <= seconds))
+        theirs = None if aim.times is None else _row(report, aim, preset.at, theirs=True)
+        if aim.times is not None and theirs is not None and theirs.best:
+            times = row.best / theirs.best
+            what = f"{row.name} beside {aim.peer}, {preset.at:,} tokens"
+            said.append((what, f"{aim.times:.2f} times its time", f"{times:.2f} times", times <= aim.times))
         if row.memory_bytes is not None and aim.memory is not None:
             found, memory = f"{row.memory_bytes / 1e9:.2f} GB", f"{aim.memory / 1e9:g} GB"
             said.append((f"{row.name}, memory", memory, found, row.memory_bytes <= aim.memory))
+    costs = {row.name: MIXERS[row.settings["mixer"]].traits.cost for row in report.rows if row.kind == "mixer"}
     for g in growths(report.rows):
-        if g.side == "ours" and g.mode == "both" and len(g.lengths) > 1:
-            what = f"{g.name}, growth from {g.lengths[0]:,} to {g.lengths[-1]:,}"
-            said.append((what, f"length^{GROWTH}", f"length^{g.exponent:.2f}", g.exponent <= GROWTH))
+        if g.side == "ours" and g.mode == "both":
+            which = f"from {g.lengths[0]:,} to {g.lengths[-1]:,}"
+            which = which if g.against is None else f"{which} (beside {g.against})"
+            most = GROWTH.get(costs.get(g.name, ""))
+            if most is not None:
+                what = f"{g.name}, growth {which}"
+                said.append((what, f"length^{most}", f"length^{g.exponent:.2f}", g.exponent <= most))
+            if g.memory is not None:
+                what = f"{g.name}, growth of memory {which}"
+                said.append((what, f"length^{MEMORY_GROWTH}", f"length^{g.memory:.2f}", g.memory <= MEMORY_GROWTH))
     steps = {row.dtype: row for row in report.rows if row.kind == "model" and row.best}
     if "fp32" in steps and (share := steps["fp32"].share(report.peaks)) is not None:
         name = f"{steps['fp32'].name}: training step"
@@ -119,12 +163,13 @@ def verdicts(report: Report) -> list[tuple[str, str, str, bool]]:
     return said
 
 
-def _row(report: Report, aim: Aim) -> Row | None:
+def _row(report: Report, aim: Aim, at: int, theirs: bool = False) -> Row | None:
     for row in report.rows:
         if (
             row.settings.get("mixer") == aim.mixer
             and row.against == aim.peer
-            and (row.side, row.dtype, row.mode, row.length, row.dim) == ("ours", "fp32", "both", AT, DIM)
+            and (row.side == "ours") != theirs
+            and (row.dtype, row.mode, row.length, row.dim) == ("fp32", "both", at, DIM)
         ):
             return row
     return None

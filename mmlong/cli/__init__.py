@@ -19,6 +19,7 @@ train and use (recipes by name or file; several -c are merged, the later wins; a
   predict    mmlong predict -c image/cells256 --ckpt_path last    writes predictions.csv
   generate   mmlong generate text/stdlib_ar --prompt 'import ' --stream   (also images, sounds, DNA)
   score      mmlong score text/stdlib_ar FILE                     bits a byte of a file of any length
+  knn        mmlong knn build text/stdlib_ar --out STORE          what followed the nearest contexts (kNN-LM); also evaluate, neighbours
   export     mmlong export image/cells256                         programs that run without mmlong (torch, AOTInductor, ONNX)
   recipes    list the packaged recipes
 
@@ -43,6 +44,7 @@ COMMANDS = (
     *TRAINING,
     "generate",
     "score",
+    "knn",
     "export",
     "recipes",
     "pack",
@@ -63,6 +65,10 @@ def _dispatch(command: str, rest: list[str]) -> int:
         from mmlong.cli import generate
 
         return generate.run_generate(rest) if command == "generate" else generate.run_score(rest)
+    if command == "knn":
+        from mmlong.cli.knn import run_knn
+
+        return run_knn(rest)
     if command == "export":
         from mmlong.cli.export import run_export
 

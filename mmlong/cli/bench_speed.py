@@ -23,6 +23,7 @@ from mmlong.bench.process import Job, run_job
 from mmlong.bench.report import BadReportError, Report, growth_lines, machine_line, plot, stream_table, table
 from mmlong.bench.rows import growths
 from mmlong.cli.errors import CommandError
+from mmlong.cli.mixer_words import mixer_names, mixer_options
 from mmlong.measure.machine import DTYPES, describe
 from mmlong.measure.memory import available_bytes
 from mmlong.mixers import MIXERS, list_mixers, require_streaming
@@ -120,38 +121,10 @@ def _conditions(options: argparse.Namespace, **more: Any) -> Conditions:
 # What is measured
 
 
-def _names(patterns: list[str], default: Sequence[str]) -> list[str]:
-    """Registered mixers by name or shell pattern, in the order given."""
-    found: list[str] = []
-    for pattern in patterns:
-        names = list_mixers(pattern)
-        if not names:
-            raise CommandError(
-                f"no mixer {pattern!r}{nearest(pattern.strip('*'), list_mixers())}; registered: {', '.join(list_mixers())}"
-            )
-        found += [name for name in names if name not in found]
-    return found or list(default)
-
-
-def _options(given: list[str], mixers: list[str]) -> dict[str, dict[str, Any]]:
-    """``KEY=VALUE`` for every mixer named, ``MIXER.KEY=VALUE`` for one."""
-    made: dict[str, dict[str, Any]] = {name: {} for name in mixers}
-    for text in given:
-        key, equals, value = text.partition("=")
-        mixer, dot, name = key.rpartition(".")
-        if not equals or not name:
-            raise CommandError(f"--option {text}: write KEY=VALUE, or MIXER.KEY=VALUE for one of several mixers")
-        if dot and mixer not in made:
-            raise CommandError(f"--option {text}: mixer {mixer!r} is not measured{nearest(mixer, made)}")
-        for target in [mixer] if dot else mixers:
-            made[target][name] = yaml.safe_load(value)
-    return made
-
-
 def _contests(options: argparse.Namespace, ffn: str | None) -> list[list[Subject]]:
     """Each mixer beside every peer asked for, or alone."""
-    mixers = _names(options.names, list_mixers())
-    given = _options(options.option, mixers)
+    mixers = mixer_names(options.names, list_mixers())
+    given = mixer_options(options.option, mixers, "measured")
     wanted = [] if ffn is not None or options.against is None else options.against
     peers = [name for mixer in mixers for name in peers_of(mixer)] if "all" in wanted else wanted
     for name in peers:
@@ -314,8 +287,8 @@ def _stream(argv: list[str]) -> int:
     parser.add_argument("--option", action="append", default=[], metavar="[MIXER.]KEY=VALUE", help="of the mixers")
     parser.add_argument("--compile", action="store_true", help="and the compiled step beside it")
     options = parser.parse_args(argv)
-    mixers = _names(options.names, steady)
-    given = _options(options.option, mixers)
+    mixers = mixer_names(options.names, steady)
+    given = mixer_options(options.option, mixers, "measured")
     for mixer in mixers:
         subject = Subject(mixer, given[mixer], "causal")
         _try([subject], options.dim)
@@ -359,7 +332,9 @@ def _table(argv: list[str]) -> int:
     contests = preset.contests(chosen.aims)
     require([PEERS[side.peer] for sides in contests for side in sides if side.peer is not None])
     _try([sides[0] for sides in contests], options.dim)
-    layers = _conditions(options, lengths=options.lengths, dim=options.dim, peer_length=options.peers_to)
+    layers = _conditions(
+        options, lengths=options.lengths, dim=options.dim, peer_length=options.peers_to, quadratic_length=chosen.at
+    )
     steps = _conditions(options, lengths=[], dtypes=tuple(DTYPES))
 
     def measure(report: Report, say: Callable[[str], None]) -> None:

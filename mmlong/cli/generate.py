@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmlong.cli.errors import CommandError
+from mmlong.cli.runs import saved_autoregressive
 
 GENERATE = """\
 examples:
@@ -27,20 +28,6 @@ examples:
 
 RUN is a run folder, a folder of a saved model, or a recipe's name (its newest run).
 """
-
-
-def _model(what: str, runs: str) -> tuple[Any, Path]:
-    """The saved autoregressive model of a run, and its folder."""
-    from mmlong.cli.runs import saved_model
-    from mmlong.models import AutoregressiveModel
-
-    model, folder = saved_model(what, Path(runs))
-    if not isinstance(model, AutoregressiveModel):
-        raise CommandError(
-            f"{folder} holds a model of kind {model.config.get('kind', 'plain')!r}, which has no next token: train one with mmlong.tasks.AutoregressTask (`mmlong recipes '*_ar'`)",
-            status=1,
-        )
-    return model, folder
 
 
 def run_generate(argv: list[str]) -> int:
@@ -88,7 +75,7 @@ def _generate(args: argparse.Namespace) -> int:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
     if args.count < 1 or (args.length is not None and args.length < 1):
         raise ValueError("--count and --length are at least 1")
-    model, folder = _model(args.run, args.runs)
+    model, folder = saved_autoregressive(args.run, Path(args.runs))
     modality = model.modality
     whole = modality.tokens_per_sample()
     prompt = _prompt(args, modality, whole)
@@ -183,7 +170,7 @@ def _score(args: argparse.Namespace) -> int:
 
     if args.segment < 1:
         raise ValueError("--segment is at least 1")
-    model, _ = _model(args.run, args.runs)
+    model, _ = saved_autoregressive(args.run, Path(args.runs))
     unit = "number of a pixel" if model.modality.kind == "image" else model.modality.unit
     bits, numbers = 0.0, 0
     several = False

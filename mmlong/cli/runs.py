@@ -70,6 +70,23 @@ def saved_model(what: str, root: Path) -> tuple[Any, Path]:
         raise CommandError(str(error.args[0]) if error.args else str(error), status=1) from error
 
 
+def saved_autoregressive(what: str, root: Path) -> tuple[Any, Path]:
+    """As :func:`saved_model`, of a model that predicts the next token.
+
+    Raises:
+        CommandError: there is none, it is damaged, or it is of another kind.
+    """
+    from mmlong.models import AutoregressiveModel
+
+    model, folder = saved_model(what, root)
+    if not isinstance(model, AutoregressiveModel):
+        raise CommandError(
+            f"{folder} holds a model of kind {model.config.get('kind', 'plain')!r}, which has no next token: train one with mmlong.tasks.AutoregressTask (`mmlong recipes '*_ar'`)",
+            status=1,
+        )
+    return model, folder
+
+
 def resolve_run(what: str) -> Path | None:
     """The run folder that ``--ckpt_path`` names or lies in, if it does, before any recipe is known."""
     path = Path(what)

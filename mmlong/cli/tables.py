@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import inspect
 import os
 import platform
 import sys
+import textwrap
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -37,6 +40,7 @@ EXTRAS = {
     "xformers": (("xformers",), "memory-efficient attention kernels on CUDA"),
     "gpu": (("fla",), "Triton kernels for linear attention on CUDA"),
     "mamba-ssm": (("mamba_ssm",), "Mamba-2's own Triton kernels on CUDA, for its recurrence and its norm"),
+    "faiss": (("faiss",), "search: faiss, of kNN-LM and of the mixer memorizing"),
     "causal-conv1d": (("causal_conv1d",), "one kernel for short convolutions on CUDA"),
 }
 
@@ -48,7 +52,32 @@ def run_mixers(argv: list[str]) -> int:
 
     parser = argparse.ArgumentParser(prog="mmlong mixers", description="The registered mixers and their traits.")
     parser.add_argument("pattern", nargs="?", default="*", help="shell pattern, e.g. '*mamba*'")
-    pattern = parser.parse_args(argv).pattern
+    parser.add_argument(
+        "--table1",
+        action="store_true",
+        help="the systems of the survey's first table (arXiv 2009.06732), and what implements each",
+    )
+    parser.add_argument(
+        "--forms",
+        action="store_true",
+        help="the published hierarchies that backbone.form names, and the parts that each writes",
+    )
+    drawn = parser.add_argument_group("who sees whom, as a picture of each mixer's own Jacobian")
+    drawn.add_argument("--draw", nargs="+", metavar="NAME", help="names or shell patterns, or all")
+    drawn.add_argument("--out", type=Path, metavar="FILE.png", help="default NAME.png, or mixers.png of several")
+    size = drawn.add_mutually_exclusive_group()
+    size.add_argument("--grid", default="8x8", metavar="ROWSxCOLUMNS", help="for mixers that read one; default 8x8")
+    size.add_argument("--length", type=int, metavar="L", help="a line of so many tokens, without a grid")
+    drawn.add_argument("--order", default="raster", help="scan order of the grid")
+    drawn.add_argument("--option", action="append", default=[], metavar="[MIXER.]KEY=VALUE", help="of the mixers")
+    options = parser.parse_args(argv)
+    if options.table1:
+        return _survey()
+    if options.draw:
+        return _draw(options)
+    pattern = options.pattern
+    if options.forms:
+        return _forms(pattern)
     names = list_mixers(pattern)
     if not names:
         print(f"no mixer matches {pattern!r}{nearest(pattern.strip('*'), list_mixers())}", file=sys.stderr)
@@ -62,6 +91,57 @@ def run_mixers(argv: list[str]) -> int:
         reads = ", ".join(w for w, on in (("lengths", t.padding), ("resets", t.resets), ("grid", t.grid)) if on)
         table.add_row(name, sees, "yes" if t.streaming else "no", t.state, t.cost, reads or "-", t.paper)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+    return 0
+
+
+def _forms(pattern: str) -> int:
+    import yaml
+
+    from mmlong.backbone.forms import FORMS, write_form
+    from mmlong.registry import nearest
+
+    names = FORMS.names(pattern)
+    if not names:
+        print(f"no form matches {pattern!r}{nearest(pattern.strip('*'), FORMS.names())}", file=sys.stderr)
+        return 1
+    for name in names:
+        form = FORMS[name]
+        taken = list(inspect.signature(form.write).parameters.values())[1:]
+        options = ", ".join(f"{option.name}={option.default!r}" for option in taken)
+        print(f"{name}  {form.paper}\n  options: {options}\n  {form.note}\n  dim: 128, parts:")
+        print(
+            textwrap.indent(
+                yaml.safe_dump(write_form(name, 128), sort_keys=False, default_flow_style=None, width=120), "    "
+            )
+        )
+    return 0
+
+
+def _draw(options: argparse.Namespace) -> int:
+    from mmlong.cli.draw import draw_mixers, parse_grid
+    from mmlong.cli.mixer_words import mixer_names, mixer_options
+
+    names = mixer_names(["*" if word == "all" else word for word in options.draw], [])
+    given = mixer_options(options.option, names, "drawn")
+    out = options.out or Path(f"{names[0]}.png" if len(names) == 1 else "mixers.png")
+    grid = None if options.length else parse_grid(options.grid)
+    count = draw_mixers(names, out, length=options.length or 0, grid=grid, order=options.order, given=given)
+    print(f"{count} pattern{'s' * (count > 1)} of {len(names)} mixer{'s' * (len(names) > 1)} in {out}")
+    return 0
+
+
+def _survey() -> int:
+    from mmlong.mixers.survey import TABLE_1, implemented
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("system", "cost", "decodes", "class", "here", "status"):
+        table.add_column(column, overflow="fold")
+    for system in TABLE_1:
+        rows = [(found.name, found.status) for found in implemented(system)] or [("-", "not implemented yet")]
+        told = (system.name, system.cost, "yes" if system.decode else "no", system.kind)
+        for n, row in enumerate(rows):
+            table.add_row(*(told if n == 0 else ("",) * len(told)), *row)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
     return 0
 
 

@@ -29,7 +29,7 @@ class Setting:
     """How a cell is learned.
 
     Attributes:
-        mixer: a name, or a mapping of ``name`` and options, as a recipe has it.
+        mixer: a name, or a mapping of ``name`` and options, as a recipe has it; or a mapping of a ``name`` of your own and ``parts``, which then are the backbone (:mod:`mmlong.backbone.parts`), whatever its depth.
         probe: a name.
         dim, depth: of the backbone, whose blocks have a SwiGLU of twice the width.
         seed: of weights and sequences.
@@ -48,7 +48,7 @@ class Setting:
         """The mixer, with its options."""
         if isinstance(self.mixer, str):
             return self.mixer
-        options = ",".join(f"{key}={value}" for key, value in self.mixer.items() if key != "name")
+        options = ",".join(f"{key}={value}" for key, value in self.mixer.items() if key not in ("name", "parts"))
         return f"{self.mixer['name']}:{options}" if options else str(self.mixer["name"])
 
     @property
@@ -128,7 +128,12 @@ def _right(logits: Tensor, answers: Tensor) -> tuple[int, int]:
 
 
 def learn(setting: Setting, told: Callable[[int, int, float], None] | None = None) -> Cell:
-    """Train and ask.
+    """Train and ask: :func:`learn_model`'s cell."""
+    return learn_model(setting, told)[0]
+
+
+def learn_model(setting: Setting, told: Callable[[int, int, float], None] | None = None) -> tuple[Cell, ProbeModel]:
+    """Train and ask; what was found, and the model.
 
     Args:
         setting: what and how.
@@ -140,7 +145,9 @@ def learn(setting: Setting, told: Callable[[int, int, float], None] | None = Non
     """
     probe, begun = PROBES[setting.probe], time.perf_counter()
     torch.manual_seed(setting.seed)
-    backbone = BackboneConfig(dim=setting.dim, depth=setting.depth, mixers=[setting.mixer], ffn_ratio=2.0)
+    parts = [] if isinstance(setting.mixer, str) else setting.mixer.get("parts", [])
+    mixers = ["mamba2"] if parts else [setting.mixer]
+    backbone = BackboneConfig(dim=setting.dim, depth=setting.depth, mixers=mixers, parts=parts, ffn_ratio=2.0)
     model = ProbeModel(probe, backbone)
     cell = Cell(setting, parameters=sum(p.numel() for p in model.parameters()))
     steps = max(1, round(probe.steps * setting.scale))
@@ -170,7 +177,7 @@ def learn(setting: Setting, told: Callable[[int, int, float], None] | None = Non
     if not cell.failed:
         cell.accuracy = {name: ask(model, probe, (size,), setting.seed, 1) for name, size in probe.tests.items()}
     cell.seconds = time.perf_counter() - begun
-    return cell
+    return cell, model
 
 
 @torch.no_grad()

@@ -7,9 +7,10 @@ sizes of ``train`` is asked at those of ``tests``, among them longer ones than w
 |---|---|
 | ``recall`` | multi-query associative recall: Arora et al. 2023, Zoology, arXiv 2312.04927 |
 | ``selective_copy`` | Jing et al. 2019, arXiv 1706.02761, as in Gu & Dao 2023, arXiv 2312.00752 |
-| ``induction`` | Olsson et al. 2022, arXiv 2209.11895, in the form of Gu & Dao 2023: trained at one length, asked at longer ones |
+| ``induction`` | Olsson et al. 2022, arXiv 2209.11895, in the form of Gu & Dao 2023: trained up to one length, asked at longer ones |
 | ``copy`` | Jelassi et al. 2024, arXiv 2402.01032 |
 | ``parity``, ``modular_addition`` | state tracking: Grazzi et al. 2024, arXiv 2411.12537; Merrill et al. 2024, arXiv 2404.08819 |
+| ``far_recall`` | pairs told early, asked for at any distance: recall by distance, for what carries a past from segment to segment |
 | ``needle`` | one pair in noise of its own letters, asked for at the end |
 | ``compression``, ``fuzzy_recall`` | two tasks of MAD: Poli et al. 2024, arXiv 2403.17844 |
 """
@@ -153,6 +154,26 @@ def draw_needle(rng: np.random.Generator, rows: int, *, length: int) -> Drawn:
     return codes, answers
 
 
+TOLD = 64
+FAR_KEYS, FAR_VALUES, NOISE = 8, 16, 8
+
+
+def draw_far_recall(rng: np.random.Generator, rows: int, *, length: int, near: int = 0) -> Drawn:
+    """Each of eight keys is told with its value, as one letter, among noise in 64 tokens that begin somewhere in the first quarter; anywhere after them keys are asked for, again and again, one token in four. What is asked lies more than ``near`` tokens back."""
+    codes = rng.integers(NOISE, size=(rows, length))
+    row = np.arange(rows)[:, None]
+    begin = rng.integers(max(0, length - 2 * TOLD - near) // 4 + 1, size=(rows, 1))
+    told = begin + _distinct(rng, rows, FAR_KEYS, TOLD)
+    values = rng.integers(FAR_VALUES, size=(rows, FAR_KEYS))
+    codes[row, told] = NOISE + FAR_KEYS + FAR_VALUES * np.arange(FAR_KEYS) + values
+    asked = rng.random((rows, length)) < 1 / 4
+    asked &= np.arange(length) >= begin + TOLD
+    keys = rng.integers(FAR_KEYS, size=(rows, length))
+    codes = np.where(asked, NOISE + keys, codes)
+    answers = np.where(asked & (np.arange(length) - told[row, keys] > near), values[row, keys], SILENT)
+    return codes, answers
+
+
 def draw_compression(rng: np.random.Generator, rows: int, *, length: int) -> Drawn:
     """Letters and a mark, from whose features alone all of them are to be said."""
     content = 1 + rng.integers(LETTERS, size=(rows, length))
@@ -203,32 +224,38 @@ _add("recall", Probe(
 ))  # fmt: skip
 _add("selective_copy", Probe(
     "copy what is scattered among blanks", 2 + LETTERS, draw_selective_copy,
-    train=({"length": 64, "letters": 8},),
-    tests={"64": {"length": 64, "letters": 8}, "256": {"length": 256, "letters": 8}}, chance=1 / LETTERS,
+    train=({"length": 16, "letters": 4}, {"length": 32, "letters": 6}, {"length": 64, "letters": 8}),
+    tests={"64": {"length": 64, "letters": 8}, "256": {"length": 256, "letters": 8}}, chance=1 / LETTERS, steps=3000,
 ))  # fmt: skip
 _add("induction", Probe(
-    "what followed the mark before", 1 + LETTERS, draw_induction, train=({"length": 64},),
-    tests={str(n): {"length": n} for n in (64, 256, 1024, 4096)}, chance=1 / LETTERS,
+    "what followed the mark before", 1 + LETTERS, draw_induction, train=tuple({"length": n} for n in (8, 16, 32, 64, 128, 256)),
+    tests={str(n): {"length": n} for n in (64, 256, 1024, 4096)}, chance=1 / LETTERS, steps=1200, weight_decay=0.0, patient=True,
 ))  # fmt: skip
 _add("copy", Probe(
     "say it all once more", 1 + LETTERS, draw_copy, train=({"letters": 8}, {"letters": 16}, {"letters": 24}, {"letters": 32}),
-    tests={str(n): {"letters": n} for n in (16, 32, 64)}, chance=1 / LETTERS,
+    tests={str(n): {"letters": n} for n in (16, 32, 64)}, chance=1 / LETTERS, steps=2000,
 ))  # fmt: skip
 _add("parity", Probe(
     "parity of the bits so far", 2, draw_modular,
     train=tuple({"length": n, "modulus": 2} for n in (8, 16, 40)),
     tests={"40": {"length": 40, "modulus": 2, "start": 20}, "256": {"length": 256, "modulus": 2, "start": 128}}, chance=1 / 2,
-    weight_decay=0.0, patient=True,
+    steps=2000, weight_decay=0.0, patient=True,
 ))  # fmt: skip
 _add("modular_addition", Probe(
     "sum of the numbers so far, modulo 5", 5, draw_modular,
-    train=tuple({"length": n, "modulus": 5} for n in (8, 16, 40)),
+    train=tuple({"length": n, "modulus": 5} for n in (2, 4, 8, 16, 40)),
     tests={"40": {"length": 40, "modulus": 5, "start": 20}, "256": {"length": 256, "modulus": 5, "start": 128}}, chance=1 / 5,
-    weight_decay=0.0, patient=True,
+    steps=3000, weight_decay=0.0, patient=True,
 ))  # fmt: skip
 _add("needle", Probe(
     "one pair in noise", 2 + KEYS, draw_needle, train=({"length": 64}, {"length": 256}, {"length": 512}),
     tests={str(n): {"length": n} for n in (512, 4096, 16384)}, chance=1 / KEYS, rows=16,
+))  # fmt: skip
+_add("far_recall", Probe(
+    "pairs told early, asked for at any distance", NOISE + FAR_KEYS * (1 + FAR_VALUES), draw_far_recall,
+    train=tuple({"length": n} for n in (128, 256, 512, 1024)),
+    tests={f"> {n}": {"length": 2 * n + TOLD, "near": n} for n in (16, 64, 128, 256, 512, 1024, 4096)}, chance=1 / FAR_VALUES,
+    rows=16, steps=2000, weight_decay=0.0,
 ))  # fmt: skip
 _add("compression", Probe(
     "the whole sequence from one vector", 1 + LETTERS, draw_compression, train=({"length": 32},), tests={"32": {"length": 32}},

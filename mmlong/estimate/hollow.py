@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Self
 
 import torch
 import torch._meta_registrations
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from mmlong.measure.flops import asks_about_form
+from mmlong.ops.known import unknown_values
 
 _aten: Any = torch.ops.aten
 _NATIVE = {_aten._unsafe_view.default, _aten.lift_fresh.default}
@@ -40,6 +42,8 @@ class Hollow(TorchDispatchMode):
     Args:
         tensors: hollow from the beginning; they are not written to.
 
+    Code that does less work for some values asks :func:`mmlong.ops.known.values_known` first, and is counted for the worst of them. Code whose sizes are values asks :func:`mmlong.ops.known.followed`, supposes some, and says which in an attribute ``counted_as`` of its module.
+
     Raises:
         ValueError: in use, where code looks at a value that was not computed.
     """
@@ -48,8 +52,18 @@ class Hollow(TorchDispatchMode):
         super().__init__()
         self._hollow: dict[int, weakref.ref[Any]] = {}
         self._forms: dict[Any, tuple[list[Any], Any]] = {}
+        self._within: list[AbstractContextManager[None]] = []
         for t in tensors:
             self._mark(t)
+
+    def __enter__(self) -> Self:
+        self._within.append(unknown_values())
+        self._within[-1].__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._within.pop().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -17,8 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmlong.backbone import Backbone, BackboneConfig
+from mmlong.backbone import Backbone, BackboneConfig, Merge
 from mmlong.estimate.step import Batch, TrainingStep
+from mmlong.layout import Layout
 from mmlong.measure.flops import count_flops
 from mmlong.tasks import Task
 from mmlong.training.optim import OptimConfig, build_optimizer
@@ -31,7 +33,11 @@ def warm_up(config: BackboneConfig, optim: OptimConfig) -> None:
     """Load what a step of such a backbone and optimiser uses, and let go of all memory."""
     backbone = Backbone(config)
     optimizer, _ = build_optimizer(backbone, optim, 1)
-    y, _ = backbone(torch.randn(1, 64 * backbone.stride, backbone.dim_in))
+    patches = [merge.sides for merge in backbone.merges if isinstance(merge, Merge) and merge.sides is not None]
+    # Patches are of a grid, of which eight fit along each axis at the end.
+    grid = tuple(8 * math.prod(sides) for sides in zip(*patches, strict=True)) if patches else (64 * backbone.stride,)
+    layout = Layout(grid=grid) if patches else None
+    y, _ = backbone(torch.randn(1, math.prod(grid), backbone.dim_in), None, layout)
     y.square().mean().backward()
     nn.utils.clip_grad_norm_(backbone.parameters(), 1.0)
     optimizer.step()

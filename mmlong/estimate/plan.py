@@ -252,7 +252,8 @@ def _states(model: Model, rows: int, offset: int, segment: int, held: list[int])
 
 
 def _notes(step: TrainingStep, strategy: Strategy | None, shape: Shape) -> list[str]:
-    notes = []
+    # What parts suppose where the work depends on values.
+    notes = sorted({str(m.counted_as) for m in step.model.modules() if hasattr(m, "counted_as")})
     if step.task.compile_blocks:
         notes.append("counted as it runs without torch.compile, which holds and moves less")
     if strategy == "sequence_parallel" and shape.batch < shape.ranks:

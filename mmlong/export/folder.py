@@ -116,6 +116,10 @@ def export_model(
     if isinstance(model, AutoregressiveModel):
         if embedding:
             raise ValueError("a model that makes sequences has no embedding: it predicts every token")
+        if model.reads_codes:
+            raise ExportError(
+                "a part of the backbone goes by what the tokens are ({retro: ...}, {spacebyte: ...}), which no program holds: use `mmlong generate`"
+            )
         programs, begin = generator_programs(model, length, sampling or Sampling())
     else:
         if sampling is not None:

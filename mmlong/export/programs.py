@@ -138,7 +138,7 @@ def predict_program(model: Model, length: Bounds, embedding: bool, seed: int = 0
     varies: Bounds | None = length
     if modality.tokens_per_sample() is not None:
         varies = None
-    elif isinstance(model.head, ReadoutHead):
+    elif isinstance(model.head, ReadoutHead) and model.backbone.tokens_out is None:
         fixed = model.head.tokens * model.backbone.stride
         varies = Bounds(fixed, fixed)
     elif model.backbone.stride > 1:

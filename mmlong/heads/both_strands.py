@@ -8,6 +8,7 @@ logits of both strands.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,10 +36,11 @@ class BothStrandsHead(Head):
         super().__init__()
         if dim % 2:
             raise ValueError(f"each strand has half of the features, so their number must be even; got {dim}")
-        if of == "readout" or options.get("pool") in ORDERED:
+        pool = options.get("pool")
+        if of == "readout" or (pool.get("name") if isinstance(pool, Mapping) else pool) in ORDERED:
             raise ValueError(
                 f"head {of} with {options} reads positions by their order, which is another on the other strand: "
-                "use head classify with pool mean, max or attention"
+                "use head classify with pool mean, max, attention or pma"
             )
         self.head = create_head(of, dim // 2, **options)
         self.per_token = self.head.per_token

@@ -6,6 +6,9 @@ input than the embedding does (their figure 8).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 
 from mmlong.heads.contract import register_head
@@ -18,14 +21,17 @@ class ProjectHead(PooledHead):
     """Pooled features through one hidden layer.
 
     Args:
-        dim: width of the features, and of the hidden layer.
+        dim: width of the features; the hidden layer is as wide as what is pooled.
         num_classes: numbers to compare (timm's word for the outputs of a head).
         pool, dropout: see :class:`~mmlong.heads.pooled.PooledHead`.
     """
 
-    def __init__(self, dim: int, num_classes: int = 128, pool: str = "mean", dropout: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, num_classes: int = 128, pool: str | Mapping[str, Any] = "mean", dropout: float = 0.0
+    ) -> None:
         super().__init__(dim, num_classes, pool, dropout)
-        self.hidden = nn.Linear(dim, dim)
+        width = getattr(self.pool, "width", dim)
+        self.hidden = nn.Linear(width, width)
         self.activation = nn.GELU()
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:

@@ -6,6 +6,9 @@ target, not in nats.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,7 +54,7 @@ class RegressHead(PooledHead):
         self,
         dim: int,
         num_classes: int = 1,
-        pool: str = "mean",
+        pool: str | Mapping[str, Any] = "mean",
         dropout: float = 0.0,
         error: str = "mse",
         delta: float = 1.0,

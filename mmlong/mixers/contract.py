@@ -39,6 +39,7 @@ class Traits:
         padding: honours ``layout.lengths``.
         resets: honours ``layout.resets``.
         note: fidelity: where it departs from the paper, or what it was proved against.
+        survey: rows of :mod:`mmlong.mixers.survey` that it implements, each with what it takes beside the mixer's name, e.g. an option; empty for nothing.
     """
 
     paper: str
@@ -51,6 +52,7 @@ class Traits:
     padding: bool = True
     resets: bool = True
     note: str = ""
+    survey: tuple[tuple[str, str], ...] = ()
 
 
 class Mixer(nn.Module):
@@ -85,6 +87,16 @@ class Mixer(nn.Module):
     def streaming(self) -> bool:
         """Whether this instance carries a state and so can run in pieces."""
         return self.causal and self.traits.streaming
+
+    @property
+    def stops_gradient(self) -> bool:
+        """Whether its mechanism keeps the gradient from something that its output depends on, so that finite differences are not its gradient."""
+        return False
+
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether it has a loss of its own for training steps that ask (:mod:`mmlong.mixers.own_loss`)."""
+        return False
 
     def mix(self, x: Tensor, state: State, layout: Layout | None) -> tuple[Tensor, State]:
         """The mechanism itself; ``x`` and ``layout`` have been checked. Subclasses define this."""

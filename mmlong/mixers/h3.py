@@ -139,4 +139,4 @@ def _for_each(layout: Layout | None, times: int) -> Layout | None:
     if layout is None or times == 1:
         return layout
     lengths, resets = (t if t is None else t.repeat_interleave(times, 0) for t in (layout.lengths, layout.resets))
-    return replace(layout, lengths=lengths, resets=resets, grid=None, order="raster", positions=None)
+    return replace(layout, lengths=lengths, resets=resets, grid=None, order="raster", positions=None, codes=None)

@@ -21,7 +21,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,6 +28,7 @@ from mmlong.layout import Layout
 from mmlong.mixers.cell import CellMixer, Tensors, heads_of, linear
 from mmlong.mixers.contract import register_mixer
 from mmlong.mixers.state import State
+from mmlong.ops.elu_features import elu_features
 from mmlong.ops.kernel_attention import EPS, kernel_attention, kernel_attention_two_sided, read, written
 from mmlong.ops.log_scale import NOTHING, log_scale
 
@@ -145,6 +145,7 @@ class _Kernelised(CellMixer):
     paper="Katharopoulos et al. 2020, arXiv 2006.16236",
     bidirectional=True,
     note="proved against flash-linear-attention's normalised recurrence with the layer around it written out; no biases",
+    survey=(("Linear Transformers", ""),),
 )
 class LinearTransformer(_Kernelised):
     """Linear attention with features ``elu + 1``.
@@ -164,7 +165,7 @@ class LinearTransformer(_Kernelised):
         super().__init__(dim, "linear_transformer", dim, heads, causal, width, chunk)
 
     def features(self, t: Tensor, key: bool) -> tuple[Tensor, Tensor | None]:
-        return F.elu(t.to(torch.promote_types(t.dtype, torch.float32))) + 1, None
+        return elu_features(t.to(torch.promote_types(t.dtype, torch.float32))), None
 
 
 @register_mixer(
@@ -172,6 +173,7 @@ class LinearTransformer(_Kernelised):
     paper="Choromanski et al. 2020, arXiv 2009.14794",
     bidirectional=True,
     note="proved against performer-pytorch with its constant in the features set to 0; exponents shifted by a running maximum; no biases",
+    survey=(("Performer", ""),),
 )
 class Performer(_Kernelised):
     """FAVOR+: positive orthogonal random features of the softmax kernel.

@@ -7,7 +7,7 @@ arXiv 2004.05150, without its dilation and global tokens). A token at ``i`` sees
     two-sided   ``window`` to each side:          |i - j| <= window
 
 (Longformer's ``attention_window`` counts both sides.) Image Transformer's window begins at a block's edge, so it differs from token to token; here every token has
-the same. Positions are rotary. Work and memory are linear in the length.
+the same. Positions are rotary unless told otherwise. Work and memory are linear in the length.
 
 The state has ``window`` slots from the start: the turned keys and values of the last tokens ``k, v (B, kv_heads, window, head_dim)``, and ``count (B,)``, the tokens of each row's document
 so far, which says how many slots hold one and which position comes next.
@@ -15,14 +15,11 @@ so far, which says how many slots hold one and which position comes next.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping
+from typing import Any
 
-from mmlong.layout import Layout
 from mmlong.mixers.attention import SoftmaxAttention
 from mmlong.mixers.contract import register_mixer
-from mmlong.mixers.state import State
-from mmlong.ops.kv_cache import counts_after, keep
 
 
 @register_mixer(
@@ -49,8 +46,11 @@ class Local(SoftmaxAttention):
         heads: int | None = None,
         kv_heads: int | None = None,
         head_dim: int | None = None,
-        rope: bool = True,
-        rope_base: float = 10000.0,
+        positions: str = "rope",
+        position_options: Mapping[str, Any] | None = None,
+        softcap: float | None = None,
+        sink: bool = False,
+        gate: bool = False,
         bias: bool = False,
         dropout: float = 0.0,
         backend: str = "auto",
@@ -62,19 +62,12 @@ class Local(SoftmaxAttention):
             kv_heads=kv_heads,
             head_dim=head_dim,
             window=window,
-            rope=rope,
-            rope_base=rope_base,
+            positions=positions,
+            position_options=position_options,
+            softcap=softcap,
+            sink=sink,
+            gate=gate,
             bias=bias,
             dropout=dropout,
             backend=backend,
         )
-        self.slots = window
-
-    def state_bytes(self, length: int) -> int:
-        return 2 * 4 * self.kv_heads * self.head_dim * self.slots + 8 if self.streaming else 0
-
-    def left_behind(self, k: Tensor, v: Tensor, layout: Layout | None, length: int, counts: Tensor | None) -> State:
-        before = torch.zeros(k.shape[0], dtype=torch.long, device=k.device) if counts is None else counts
-        after = counts_after(layout, length, before)
-        k, v = (keep(t, self.slots, layout, length, None if layout is None else after) for t in (k, v))
-        return {"k": k, "v": v, "count": after}

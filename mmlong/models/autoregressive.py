@@ -93,8 +93,12 @@ class AutoregressiveModel(Model):
         if state is not None or resets is not None or length != self.modality.tokens_per_sample():
             index = document_index(passed, length, layout)
         places = self.modality.places(index, length)
+        codes = self._codes(state, tokens) if self.reads_codes else None
+        told = layout
+        if codes is not None:
+            told = self.told(codes[:, :-1] if resets is None else torch.where(resets, -1, codes[:, :-1]), layout)
         x, inner = self.backbone(
-            before if places is None else before + places, None if state is None else state["backbone"], layout
+            before if places is None else before + places, None if state is None else state["backbone"], told
         )
         valid = torch.full_like(passed, length) if layout is None or layout.lengths is None else layout.lengths
         rows = torch.arange(batch, device=tokens.device)
@@ -105,6 +109,8 @@ class AutoregressiveModel(Model):
         else:
             passed = passed + valid
         after = {"backbone": inner, "last": line[rows, valid].unsqueeze(1), "passed": passed}
+        if codes is not None:
+            after["code"] = codes[rows, valid].unsqueeze(1)
         if self.linear is not None:
             kept = valid[:, None] + torch.arange(self.linear.reach, device=tokens.device)
             whole = torch.cat([self._tail(state, tokens), tokens], 1)
@@ -126,10 +132,17 @@ class AutoregressiveModel(Model):
             "last": self.modality.values(tokens[:, start - 1 : start]),
             "passed": index[:, -1] + 1,
         }
+        if self.reads_codes:
+            state["code"] = tokens[:, start - 1 : start]
         if self.linear is not None:
             line = torch.cat([self._tail(None, tokens), tokens[:, :start]], 1)
             state["tokens"] = line[:, line.shape[1] - self.linear.reach :]
         return state
+
+    def _codes(self, state: State, tokens: Tensor) -> Tensor:
+        """The code before the piece, -1 for the start vector, and those of the piece: ``(B, 1 + L)``."""
+        last = tokens.new_full((tokens.shape[0], 1), -1) if state is None else state["code"]
+        return torch.cat([last, tokens], 1)
 
     def _tail(self, state: State, like: Tensor) -> Tensor:
         """The tokens before this piece that a linear prediction needs: ``(B, reach, C)``."""
@@ -161,6 +174,8 @@ class AutoregressiveModel(Model):
         start = self.start.detach()
         passed = torch.zeros(batch, dtype=torch.int64, device=start.device)
         state = {"backbone": None, "last": start.expand(batch, 1, -1), "passed": passed}
+        if self.reads_codes:
+            state["code"] = torch.full((batch, 1), -1, dtype=torch.int64, device=start.device)
         if self.linear is not None:
             state["tokens"] = start.new_zeros(batch, self.linear.reach, self.modality.channels)
         return state
@@ -176,7 +191,7 @@ class AutoregressiveModel(Model):
         """
         places = self.modality.places(state["passed"][:, None], 1)
         x = state["last"] if places is None else state["last"] + places
-        y, inner = self.backbone(x, state["backbone"], None)
+        y, inner = self.backbone(x, state["backbone"], self.told(state.get("code"), None))
         prediction = self.forward_head(y)
         if self.linear is not None:
             prediction = self._moved(prediction, state["tokens"], 1, state["passed"][:, None])
@@ -185,6 +200,8 @@ class AutoregressiveModel(Model):
     def put(self, state: State, token: Tensor) -> State:
         """The state after ``token (B, 1, ...)``, for the state that :meth:`peek` gave."""
         after = {**state, "last": self.modality.values(token), "passed": state["passed"] + 1}
+        if self.reads_codes:
+            after["code"] = token
         if self.linear is not None:
             after["tokens"] = torch.cat([state["tokens"][:, 1:], token], 1)
         return after

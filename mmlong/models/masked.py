@@ -37,9 +37,9 @@ class MaskedModel(Model):
             raise ValueError(
                 "a masked model predicts a token from both sides, and this backbone sees the past only: set backbone.direction to alternate or both"
             )
-        if self.backbone.stride != 1:
+        if not self.backbone.per_token:
             raise ValueError(
-                f"a masked model predicts every token, and this backbone makes one of {self.backbone.stride}: leave backbone.pool empty"
+                f"a masked model predicts every token, and this backbone {self.backbone.instead}: leave backbone.pool empty, and perceiver out of backbone.parts"
             )
         if not self.head.per_token:
             raise ValueError(

@@ -62,11 +62,17 @@ class Model(nn.Module):
                 raise ValueError(f"backbone.reverse_complement is for DNA; {config['modality']['name']} has no strands")
             config["modality"].setdefault("reverse_complement", True)
         self.modality: Modality = create_modality(dim=self.backbone.dim_in, **config["modality"])
+        self.reads_codes = bool(self.backbone.reads_codes)
+        for kind in self.backbone.reads_codes:
+            if self.modality.codes is None or kind not in ("any", self.modality.kind):
+                raise ValueError(
+                    f"the backbone reads the codes of {'whole numbers' if kind == 'any' else kind}, and modality {config['modality']['name']!r} has none"
+                )
         config["head"] = self.complete_head(config["head"])
-        length = self.modality.tokens_per_sample()
+        length = self.backbone.length_out(self.modality.tokens_per_sample())
         if length is not None and "tokens" in inspect.signature(HEADS[config["head"]["name"]]).parameters:
             # A head that reads every position must know how many there are; only the model knows both sides.
-            config["head"].setdefault("tokens", -(-length // self.backbone.stride))
+            config["head"].setdefault("tokens", length)
         self.head: Head = create_head(dim=self.num_features, **config["head"])
 
     def complete_head(self, head: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +100,11 @@ class Model(nn.Module):
         self, tokens: Tensor, state: State = None, layout: Layout | None = None
     ) -> tuple[Tensor, State]:
         """Tokens ``(B, L, ...)`` to features ``(B, L', num_features)`` after the final norm, unpooled, and the state."""
-        return self.backbone(self.modality.embed(tokens, layout), state, layout)
+        return self.backbone(self.modality.embed(tokens, layout), state, self.told(tokens, layout))
+
+    def told(self, codes: Tensor | None, layout: Layout | None) -> Layout | None:
+        """What the backbone is told of the positions: the layout, with the codes that they are made of where it reads them."""
+        return dataclasses.replace(layout or Layout(), codes=codes) if self.reads_codes else layout
 
     def forward_head(self, x: Tensor, layout: Layout | None = None, pre_logits: bool = False) -> Tensor:
         """Features and *their* layout to the prediction; with ``pre_logits`` what the last linear layer would see."""

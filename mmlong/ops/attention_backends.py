@@ -3,12 +3,14 @@
 | name | what | where |
 |---|---|---|
 | `sdpa` | torch's ``scaled_dot_product_attention``; where it has no kernel for what is seen, under an explicit mask | all |
-| `tiled` | :mod:`mmlong.ops.tiled_attention`: any intervals, memory linear in the length | all; made for CPUs |
+| `tiled` | :mod:`mmlong.ops.tiled_attention`: any intervals and terms, memory linear in the length | all; made for CPUs |
+| `dense` | :mod:`mmlong.ops.dense_attention`: any terms, by the matrix of scores | all; short sequences and compilers |
 | `blocks` | sliding windows as a batch of blocks for SDPA (:mod:`mmlong.ops.local_attention`) | all; made for GPUs |
 | `flex` | FlexAttention, its block mask computed from the intervals | CUDA; on a CPU without a gradient |
 | `varlen` | torch's variable-length flash attention, for documents in one row | CUDA, half precision |
 | `xformers` | memory-efficient attention of ``mslk`` or ``xformers`` | CUDA |
 
+Terms (a bias, a sink, ...: :mod:`mmlong.ops.score_terms`) are left to ``dense`` where the scores are few, or a compiler needs one expression, and to ``tiled`` elsewhere.
 The last three are taken by name, or where no other can; but on CUDA ``flex`` comes first where rows or documents differ and an explicit mask would be too large. Measured on a CPU: SDPA's own kernel is the fastest for full and causal attention, tiles for everything that it
 has no kernel for. Nothing here has been run on a GPU: masks are held against the intervals, and calls against stand-ins.
 """
@@ -26,7 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmlong.ops.backends import CUDA, HALVES, Backend, Backends, Request, cuda_package
+from mmlong.ops.dense_attention import dense_attention
 from mmlong.ops.local_attention import window_in_blocks
+from mmlong.ops.score_terms import Terms
 from mmlong.ops.tiled_attention import tiled_attention
 from mmlong.ops.visible import Visible
 
@@ -40,21 +44,32 @@ BLOCK = 128
 """Side of FlexAttention's blocks."""
 
 KINDS = frozenset({"full", "causal", "past", "window", "ragged", "ragged past", "ragged window"})
+TERMS = frozenset({"decay", "bias", "relative", "fade", "softcap", "sink"})
 
 ATTENTION = Backends("attention")
 
 
-def run_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible, dropout: float, backend: str) -> Tensor:
+def run_attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Visible, dropout: float, backend: str, terms: Terms | None = None
+) -> Tensor:
     """Choose a backend and call it; arguments as :func:`mmlong.ops.attention.attention`."""
-    (B, _, L, _), S = q.shape, k.shape[2]
+    (B, H, L, D), (_, _, S, E) = q.shape, v.shape
     kind = visible.kind(L, S)
     if torch.is_autocast_enabled(q.device.type):
         low = torch.get_autocast_dtype(q.device.type)
         q, k, v = (t if t.dtype == torch.float64 else t.to(low) for t in (q, k, v))
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if terms is not None:
+        grad = grad or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in terms.tensors()))
+        request = Request(q.device.type, q.dtype, kind, dropout > 0, grad, terms=terms.kinds)
+        chosen = ATTENTION.choose(request, backend, _fastest_with_terms(q.device.type, B * H * L * S))
+        return chosen.run(q, k, v, visible, dropout, terms)
     request = Request(q.device.type, q.dtype, kind, dropout > 0, grad)
-    chosen = ATTENTION.choose(request, backend, _fastest(kind, q.device.type, B, L, S, visible))
-    return chosen.run(q, k, v, visible, dropout)
+    fastest = _fastest(kind, q.device.type, B, L, S, visible)
+    if D != E and fastest[0] == "sdpa" and q.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Torch's own kernel for CPUs wants values as wide as keys; without it, it makes the matrix of scores.
+        fastest = ("sdpa", "tiled") if B * H * L * S <= MASK_ELEMENTS else ("tiled",)
+    return ATTENTION.choose(request, backend, fastest).run(q, k, v, visible, dropout)
 
 
 def _fastest(kind: str, device: str, B: int, L: int, S: int, visible: Visible) -> tuple[str, ...]:
@@ -73,6 +88,12 @@ def _fastest(kind: str, device: str, B: int, L: int, S: int, visible: Visible) -
     return ("sdpa", "tiled") if elements <= (MASK_ELEMENTS if device == "cpu" else GPU_MASK_ELEMENTS) else ("tiled",)
 
 
+def _fastest_with_terms(device: str, elements: int) -> tuple[str, ...]:
+    if torch.compiler.is_compiling():
+        return ("dense",)
+    return ("dense", "tiled") if elements <= (MASK_ELEMENTS if device == "cpu" else GPU_MASK_ELEMENTS) else ("tiled",)
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Visible, dropout: float) -> Tensor:
     L, S = q.shape[2], k.shape[2]
     kind = visible.kind(L, S)
@@ -84,12 +105,19 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Visible, dropout: float) -> 
     elif kind not in ("full", "causal"):
         mask = visible.mask(L, S, q.device)
     grouped = q.shape[1] != k.shape[1]
+    if q.device.type == "cpu" and not torch.compiler.is_compiling() and L * S > MASK_ELEMENTS:
+        # Each is read once for every block of queries: heads by heads that is faster by a twentieth, copies included (4,096 tokens, forward and backward).
+        q, k, v = (t.contiguous() for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, kind == "causal", enable_gqa=grouped)
 
 
-def _tiled(q: Tensor, k: Tensor, v: Tensor, visible: Visible, dropout: float) -> Tensor:
+def _tiled(q: Tensor, k: Tensor, v: Tensor, visible: Visible, dropout: float, terms: Terms | None = None) -> Tensor:
     first, stop = visible.intervals(q.shape[2], k.shape[2], q.device)
-    return tiled_attention(q, k, v, first, stop, 1 / math.sqrt(q.shape[-1]), dropout)
+    return tiled_attention(q, k, v, first, stop, 1 / math.sqrt(q.shape[-1]), dropout, terms)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, visible: Visible, dropout: float, terms: Terms | None = None) -> Tensor:
+    return dense_attention(q, k, v, visible, terms, dropout)
 
 
 def _blocks(q: Tensor, k: Tensor, v: Tensor, visible: Visible, dropout: float) -> Tensor:
@@ -162,11 +190,11 @@ def _block_mask(visible: Visible, L: int, S: int, device: torch.device | str) ->
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, visible: Visible, dropout: float) -> Tensor:
     mask = flex_block_mask(visible, q.shape[2], k.shape[2], q.device)
-    return _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    return compiled_flex()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 @lru_cache(maxsize=1)
-def _compiled_flex() -> Any:
+def compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention)
@@ -267,7 +295,7 @@ def _xformers_there() -> tuple[bool, str]:
     return cuda_package(("mslk", "xformers"), "xformers")
 
 
-def _flex_there() -> tuple[bool, str]:
+def flex_there() -> tuple[bool, str]:
     if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
         return False, "needs triton, not installed"
     return True, "part of torch"
@@ -281,7 +309,23 @@ def _cuda_there() -> tuple[bool, str]:
 ATTENTION.register(Backend("sdpa", _sdpa, masks=KINDS, dropout=True, note="default for full and causal attention"))
 ATTENTION.register(
     Backend(
-        "tiled", _tiled, masks=KINDS, dropout=True, note="default on a CPU for windows, padding, documents and a past"
+        "tiled",
+        _tiled,
+        masks=KINDS,
+        dropout=True,
+        note="default on a CPU for windows, padding, documents and a past, and for terms in the scores",
+        terms=TERMS,
+    )
+)
+ATTENTION.register(
+    Backend(
+        "dense",
+        _dense,
+        masks=KINDS,
+        dropout=True,
+        automatic=False,
+        note="default for terms in the scores of short sequences, and under a compiler",
+        terms=TERMS,
     )
 )
 ATTENTION.register(
@@ -301,7 +345,7 @@ ATTENTION.register(
         dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
         masks=KINDS,
         backward=CUDA,
-        available=_flex_there,
+        available=flex_there,
         automatic=False,
         note="compiled on first use; default on CUDA for many documents or much padding",
     )

@@ -45,6 +45,7 @@ class Request:
         dropout: whether weights are dropped.
         backward: whether a gradient is wanted.
         sizes: what else a backend may ask about, by the op's own names.
+        terms: what else there is to compute beside the op's plain form, in its own words.
     """
 
     device: str
@@ -53,6 +54,7 @@ class Request:
     dropout: bool = False
     backward: bool = False
     sizes: Mapping[str, int] = field(default_factory=dict, hash=False)
+    terms: frozenset[str] = frozenset()
 
 
 def _always() -> tuple[bool, str]:
@@ -75,6 +77,7 @@ class Backend:
         available: whether it can be used here, and a reason; called late, so it may look for packages.
         automatic: ``auto`` may take it before one that is; otherwise only if asked by name, or no other can.
         note: for `mmlong doctor`.
+        terms: what it can compute beside the op's plain form.
     """
 
     name: str
@@ -88,6 +91,7 @@ class Backend:
     available: Callable[[], tuple[bool, str]] = _always
     automatic: bool = True
     note: str = ""
+    terms: frozenset[str] = frozenset()
 
     def refusal(self, request: Request) -> str | None:
         """Why it cannot do this, or ``None`` if it can. Asks whether it is installed last, and only if the rest holds."""
@@ -97,6 +101,8 @@ class Backend:
             return f"takes {_list(_short(d) for d in self.dtypes)}, not {_short(request.dtype)}"
         if request.mask and request.mask not in self.masks:
             return f"has no mask of the kind {request.mask!r}, only {_list(self.masks)}"
+        if missing := request.terms - self.terms:
+            return f"cannot do {_list(missing)}"
         if request.dropout and not self.dropout:
             return "cannot drop attention weights: set dropout to 0"
         if request.backward and self.backward is not None and request.device not in self.backward:

@@ -16,17 +16,22 @@ Only columns that some query of the block does not see are masked. The backward 
 
 A library's softmax is several times as fast as its exponential, so weights come from it, and a tile's ``l`` from its largest score ``m`` and largest weight ``p``: ``l = m -
 log p``.
+
+Scores may have more in them than the product (:mod:`mmlong.ops.score_terms`): a tile is filled with that before the product is added, and what it is made of takes ``dS_ij``. A sink is one more part, of
+no value, and so a factor of the result: ``y exp(l) / (exp(l) + exp(z))``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from mmlong.ops.score_terms import Faded, Terms, TermTiles
 
 TILE_ELEMENTS = 1 << 19
 """Scores of a tile: with a copy of them for the backward they stay in the second and third-level caches of common processors."""
@@ -34,12 +39,22 @@ TILE_ELEMENTS = 1 << 19
 MAX_KEYS = 2048
 """Keys of a tile."""
 
+MOST_QUERIES = 128
+"""Queries of a block."""
+
 HIDDEN = -1e30
 """A score that weighs nothing beside any other, but is finite: a tile in which a query sees no key has no NaN in it."""
 
 
 def tiled_attention(
-    q: Tensor, k: Tensor, v: Tensor, first: Tensor, stop: Tensor, scale: float, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor,
+    stop: Tensor,
+    scale: float,
+    dropout: float = 0.0,
+    terms: Terms | None = None,
 ) -> Tensor:
     """Attention over an interval of keys for every query.
 
@@ -50,6 +65,7 @@ def tiled_attention(
         first, stop: int64 ``(B or 1, L)``, the keys that a query sees.
         scale: of the scores.
         dropout: probability with which a weight is dropped; which ones is drawn again, not kept, for the backward.
+        terms: what else there is in the scores.
 
     Returns:
         ``(B, H, L, E)`` like ``q``, its tokens before its heads in memory.
@@ -59,8 +75,39 @@ def tiled_attention(
     """
     if int((stop - first).amin()) < 1:
         raise ValueError("tiled_attention: a query sees no key: an interval needs first < stop")
+    if terms is not None and terms.sink is not None:
+        y, log_sums = tiled_attention_part(q, k, v, first, stop, scale, dropout, terms)
+        return (y * with_sink(log_sums, terms.sink)).to(q.dtype)
     drop = _Dropout(q.device, dropout) if dropout else None
-    return _Tiled.apply(q, k, v, Pairs(first, stop, scale, drop))
+    pairs, tensors = _apart(Pairs(first, stop, scale, drop, terms))
+    return _Tiled.apply(q, k, v, pairs, *tensors)
+
+
+def with_sink(log_sums: Tensor, sink: Tensor) -> Tensor:
+    """What a sink leaves of a result, ``(B, H, L, 1)``, from the log sums of its scores ``(B, H, L)`` and the sink's own scores ``(H,)``."""
+    return torch.sigmoid(log_sums - sink.to(log_sums.dtype)[:, None])[..., None]
+
+
+def tiled_attention_part(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor,
+    stop: Tensor,
+    scale: float,
+    dropout: float = 0.0,
+    terms: Terms | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same over some of the keys, to be merged with others (:func:`mmlong.ops.block_attention.merge_parts`); arguments as :func:`tiled_attention`, intervals may be empty. A sink of the terms is left
+    to the merge (:func:`with_sink`).
+
+    Returns:
+        ``y (B, H, L, E)`` in at least float32 and ``log_sums (B, H, L)``, the logarithms of the sums of ``exp(s_ij)``; both have gradients. Where a query sees no key ``y`` is any finite number, and its log
+        sum is so low that a merge weighs it with nothing.
+    """
+    drop = _Dropout(q.device, dropout) if dropout else None
+    pairs, tensors = _apart(Pairs(first, stop, scale, drop, terms))
+    return _TiledPart.apply(q, k, v, pairs, *tensors)
 
 
 @dataclass(frozen=True)
@@ -85,7 +132,7 @@ def _blocks(first: Tensor, stop: Tensor, B: int, H: int, repeat: int) -> Iterato
     R, L = first.shape
     width = max(int((stop - first).amax()), 1)
     # At least as many rows in a product as pay for its start, and no more than make most of the keys of a block common.
-    step = max(32 // repeat, 1, min(128, TILE_ELEMENTS // (H * min(width + 64, MAX_KEYS))))
+    step = max(32 // repeat, 1, min(MOST_QUERIES, TILE_ELEMENTS // (H * min(width + 64, MAX_KEYS))))
     step = min(step, L)
     short = -L % step
     edge = [torch.cat([t, t[:, -1:].expand(-1, short)], 1).unflatten(1, (-1, step)) for t in (first, stop)]
@@ -99,12 +146,67 @@ def _blocks(first: Tensor, stop: Tensor, B: int, H: int, repeat: int) -> Iterato
 
 
 class _Scores:
-    """The scores of a tile, in memory that all tiles use in turn."""
+    """The scores of a tile, in memory that all tiles use in turn.
 
-    def __init__(self, like: Tensor, dtype: torch.dtype, first: Tensor, stop: Tensor, repeat: int) -> None:
-        self._memory = torch.empty(0, dtype=dtype, device=like.device)
-        self._weights = torch.empty(0, dtype=dtype, device=like.device)
-        self._first, self._stop, self._repeat = first, stop, repeat
+    Args:
+        q, k: ``(B, H, L, D)`` and ``(B, G, S, D)``, of the call.
+        dtype: of the tiles.
+        pairs: of the call.
+        gradient: whether :meth:`through` will be called.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, dtype: torch.dtype, pairs: Pairs, gradient: bool = False) -> None:
+        self._memory, self._weights, self._slopes = (torch.empty(0, dtype=dtype, device=q.device) for _ in range(3))
+        self._first, self._stop, self._scale = pairs.first, pairs.stop, pairs.scale
+        self._dtype, self._heads, self._groups = dtype, q.shape[1], k.shape[1]
+        terms = pairs.terms or Terms()
+        own = k.shape[2] - q.shape[2] if pairs.own is None else pairs.own
+        self._own, self._cap = own, terms.softcap
+        self._faded = None if terms.fade is None else Faded(terms.fade, dtype)
+        self.added: TermTiles | None = None
+        if any(t is not None for t in terms.tensors()):
+            margin = min(MOST_QUERIES, q.shape[2]) + min(MAX_KEYS, k.shape[2])
+            self.added = TermTiles(terms, own, pairs.scale, dtype, margin, gradient)
+        self._gradient = gradient
+        self._least = torch.finfo(dtype).tiny * 1e8
+
+    @property
+    def reverse(self) -> bool:
+        """Whether the queries of a block come last first."""
+        return self.added is not None and self.added.reverse
+
+    def rows(self, t: Tensor, block: _Block) -> Tensor:
+        """The queries of a block of ``(B, H, L, D)`` as ``(rows * G, heads of a group * queries, D)``."""
+        part = t[block.rows, :, block.i : block.j].to(self._dtype)
+        r, H, n, D = part.shape
+        return (part.flip(2) if self.reverse else part).reshape(r * self._groups, H // self._groups * n, D)
+
+    def put(self, total: Tensor, block: _Block, found: Tensor) -> None:
+        """The inverse of :meth:`rows`: write a block's results to their place in ``(B, H, L, D)`` or ``(B, H, L)``."""
+        place = total[block.rows, :, block.i : block.j]
+        found = found.view(place.shape)
+        place.copy_(found.flip(2) if self.reverse else found)
+
+    def fades(self, block: _Block) -> Tensor | None:
+        """What the queries of a block are multiplied by, one block's queries to a row of heads ``(1, heads of a group, queries, D)``, flat."""
+        if self._faded is None:
+            return None
+        factor = self._faded.queries(block.j - block.i, self.reverse)
+        return factor.repeat(self._heads // self._groups, 1)
+
+    def queries(self, q: Tensor, block: _Block) -> Tensor:
+        """The queries of a block, scaled and faded."""
+        scaled = self.rows(q, block) * self._scale
+        factor = self.fades(block)
+        return scaled if factor is None else scaled.mul_(factor)
+
+    def key_fades(self, block: _Block, x: int, y: int) -> Tensor | None:
+        """What the keys of a tile are multiplied by, ``(y - x, D)``."""
+        return None if self._faded is None else self._faded.keys(self._own + block.i, x, y)
+
+    def keys(self, t: Tensor, block: _Block, x: int, y: int) -> Tensor:
+        """Keys or values of a tile, ``(rows * G, y - x, D)``."""
+        return t[block.rows, :, x:y].to(self._dtype).flatten(0, 1)
 
     def __call__(self, q: Tensor, k: Tensor, block: _Block, x: int, y: int) -> tuple[Tensor, Tensor]:
         """``(scores, weights)`` of a tile, both ``(N, rows of q, y - x)``; the weights sum to 1 over the tile."""
@@ -113,22 +215,58 @@ class _Scores:
         if self._memory.numel() < n:
             self._memory, self._weights = self._memory.new_empty(n), self._weights.new_empty(n)
         scores, weights = self._memory[:n].view(shape), self._weights[:n].view(shape)
-        torch.bmm(q, k.transpose(1, 2), out=scores)
+        keys = k.transpose(1, 2)
+        if self._cap is not None:
+            torch.bmm(q, keys, out=scores)
+            self._bound(scores, self._cap)
+            if self.added is not None:
+                self.added.fill(self._heads_apart(weights, block), block.rows, block.i, block.j, x, y)
+                scores.add_(weights)
+        elif self.added is not None:
+            self.added.fill(self._heads_apart(scores, block), block.rows, block.i, block.j, x, y)
+            scores.baddbmm_(q, keys)
+        else:
+            torch.bmm(q, keys, out=scores)
         self._hide(scores, block, x, y)
         torch.softmax(scores, -1, out=weights)
+        if self.added is not None:
+            # Decays and slopes leave stretches of weights near the smallest numbers there are, with which a CPU multiplies very slowly.
+            torch.threshold_(weights, self._least, 0.0)
         return scores, weights
+
+    def through(self, d: Tensor, block: _Block, x: int, y: int) -> Tensor:
+        """From the gradient of a tile's scores, in place, that of the products; the terms take theirs."""
+        if self.added is not None:
+            self.added.take(self._heads_apart(d, block), block.rows, block.i, block.j, x, y)
+        if self._cap is not None:
+            d.mul_(self._slopes[: d.numel()].view(d.shape))
+        return d
+
+    def _heads_apart(self, t: Tensor, block: _Block) -> Tensor:
+        return t.view(-1, self._heads, block.j - block.i, t.shape[-1])
+
+    def _bound(self, scores: Tensor, cap: float) -> None:
+        scores.div_(cap).tanh_()
+        if self._gradient:
+            if self._slopes.numel() < scores.numel():
+                self._slopes = self._slopes.new_empty(scores.numel())
+            slopes = self._slopes[: scores.numel()].view(scores.shape)
+            torch.mul(scores, scores, out=slopes)
+            slopes.neg_().add_(1)
+        scores.mul_(cap)
 
     def _hide(self, scores: Tensor, block: _Block, x: int, y: int) -> None:
         first, stop = (t if t.shape[0] == 1 else t[block.rows] for t in (self._first, self._stop))
         left, right = (min(max(edge, x), y) for edge in (block.full_a, block.full_b))
         if left > right:
             left = right = y  # no key is seen by all: every column needs both tests
-        grouped = scores.unflatten(0, (block.rows.stop - block.rows.start, -1)).unflatten(2, (self._repeat, -1))
+        i, j = block.i, block.j
+        first, stop = ((t.flip(1) if self.reverse else t)[..., None] for t in (first[:, i:j], stop[:, i:j]))
+        grouped = scores.unflatten(0, (block.rows.stop - block.rows.start, -1)).unflatten(2, (-1, j - i))
         for p, r in ((x, left), (right, y)):
             if p < r:
                 key = torch.arange(p, r, device=scores.device)
-                i, j = block.i, block.j
-                hidden = (key < first[:, i:j, None]) | (key >= stop[:, i:j, None])
+                hidden = (key < first) | (key >= stop)
                 grouped[..., p - x : r - x].masked_fill_(hidden[:, None, None], HIDDEN)
 
 
@@ -152,17 +290,6 @@ def _log_sum(scores: Tensor, weights: Tensor) -> Tensor:
     return scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
 
 
-def _queries(t: Tensor, block: _Block, G: int, dtype: torch.dtype) -> Tensor:
-    """Rows of ``(B, H, L, D)`` as ``(rows * G, heads of a group * queries, D)``."""
-    part = t[block.rows, :, block.i : block.j].to(dtype)
-    r, H, n, D = part.shape
-    return part.reshape(r * G, H // G * n, D)
-
-
-def _keys(t: Tensor, rows: slice, x: int, y: int, dtype: torch.dtype) -> Tensor:
-    return t[rows, :, x:y].to(dtype).flatten(0, 1)
-
-
 @dataclass(frozen=True)
 class Pairs:
     """Which queries meet which keys, and how: what both directions of a call need beside its tensors.
@@ -171,12 +298,28 @@ class Pairs:
         first, stop: int64 ``(B or 1, L)``, the keys that a query sees.
         scale: of the scores.
         drop: which weights are dropped.
+        terms: what else there is in the scores; a sink is not looked at.
+        own: the key, of those of the call, that the first query owns, from which distances are counted; it may lie outside. ``None``: the last query owns the last key.
     """
 
     first: Tensor
     stop: Tensor
     scale: float
     drop: _Dropout | None = None
+    terms: Terms | None = None
+    own: int | None = None
+
+
+def _apart(pairs: Pairs) -> tuple[Pairs, tuple[Tensor | None, ...]]:
+    """For autograd: pairs without the tensors of their terms, and those."""
+    if pairs.terms is None:
+        return pairs, (None,) * 4
+    tensors = pairs.terms.tensors()
+    return replace(pairs, terms=pairs.terms.holding((None,) * 4)), tensors
+
+
+def _joined(pairs: Pairs, tensors: tuple[Tensor | None, ...]) -> Pairs:
+    return pairs if pairs.terms is None else replace(pairs, terms=pairs.terms.holding(tensors))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, partial: bool) -> tuple[Tensor, Tensor | None]:
@@ -193,21 +336,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, partial: bool) -> tupl
     dtype = torch.promote_types(q.dtype, torch.float32)
     y = torch.empty(B, L, H, E, dtype=dtype if partial else q.dtype, device=q.device).transpose(1, 2)
     log_sums: Tensor | None = q.new_full((B, H, L), HIDDEN, dtype=dtype) if partial else None
-    score = _Scores(q, dtype, pairs.first, pairs.stop, H // G)
+    score = _Scores(q, k, dtype, pairs)
     with torch.autocast(q.device.type, enabled=False):
         for block in _blocks(pairs.first, pairs.stop, B, H, H // G):
             if block.b <= block.a:
                 y[block.rows, :, block.i : block.j] = 0
                 continue
-            queries = _queries(q, block, G, dtype) * pairs.scale
+            queries = score.queries(q, block)
             out = total = None
             for a, b in block.tiles():
-                scores, weights = score(queries, _keys(k, block.rows, a, b, dtype), block, a, b)
+                keys, fades = score.keys(k, block, a, b), score.key_fades(block, a, b)
+                scores, weights = score(queries, keys if fades is None else keys * fades, block, a, b)
                 merged = partial or block.b - block.a > MAX_KEYS
                 log = _log_sum(scores, weights) if merged else None
                 if pairs.drop is not None:
                     weights.mul_(pairs.drop(weights, block, a))
-                part = torch.bmm(weights, _keys(v, block.rows, a, b, dtype))
+                part = torch.bmm(weights, score.keys(v, block, a, b))
                 if log is None:
                     out = part
                 elif out is None or total is None:
@@ -215,11 +359,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, partial: bool) -> tupl
                 else:
                     out, total = merge(out, total, part, log)
             assert out is not None
-            y[block.rows, :, block.i : block.j] = out.view(-1, H, block.j - block.i, E)
+            score.put(y, block, out)
             if total is not None:
                 if log_sums is None:
                     log_sums = torch.empty(B, H, L, dtype=dtype, device=q.device)
-                log_sums[block.rows, :, block.i : block.j] = total.view(-1, H, block.j - block.i)
+                score.put(log_sums, block, total)
     return y, log_sums
 
 
@@ -230,73 +374,133 @@ def merge(y: Tensor, log: Tensor, more: Tensor, more_log: Tensor) -> tuple[Tenso
 
 
 def attend_backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, log_sums: Tensor | None, pairs: Pairs, partial: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``q``, ``k``, ``v`` of :func:`attend`, the latter two in at least float32.
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    log_sums: Tensor | None,
+    pairs: Pairs,
+    partial: bool,
+    dlog: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """Gradients of ``q``, ``k``, ``v`` and the terms' tensors of :func:`attend`; but for ``q`` in at least float32.
 
     Args:
         dy, y: gradient and result, of partial ones those of the merged result.
         log_sums: over all keys that a query sees, of partial results the merged ones.
+        dlog: gradient of ``log_sums``, where they are a result of their own.
     """
     (B, H, L, D), (_, G, S, E) = q.shape, v.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
     dq = torch.empty(B, L, H, D, dtype=dtype if partial else q.dtype, device=q.device).transpose(1, 2)
     dk = torch.zeros(B, G, S, D, dtype=dtype, device=q.device)
     dv = torch.zeros(B, G, S, E, dtype=dtype, device=q.device)
-    score = _Scores(q, dtype, pairs.first, pairs.stop, H // G)
+    score = _Scores(q, k, dtype, pairs, gradient=True)
     with torch.autocast(q.device.type, enabled=False):
         for block in _blocks(pairs.first, pairs.stop, B, H, H // G):
             rows = block.rows
             if block.b <= block.a:
                 dq[rows, :, block.i : block.j] = 0
                 continue
-            queries = _queries(q, block, G, dtype) * pairs.scale
-            gradient = _queries(dy, block, G, dtype)
-            shared = (gradient * _queries(y, block, G, dtype)).sum(-1, keepdim=True)
-            total = None
-            if partial or block.b - block.a > MAX_KEYS:
+            queries, gradient = score.queries(q, block), score.rows(dy, block)
+            moved = None if dlog is None else score.rows(dlog[..., None], block)
+            total = shared = None
+            # One tile of all keys, whose weights sum to 1: what is subtracted from dY . V is the sum of just that, so that where one key has all the weight nothing remains, not a rounding.
+            alone = block.b - block.a <= MAX_KEYS and (not partial or dlog is not None)
+            if not alone:
                 assert log_sums is not None
-                total = log_sums[rows, :, block.i : block.j].reshape(*queries.shape[:2], 1)
+                total = score.rows(log_sums[..., None], block)
+                shared = (gradient * score.rows(y, block)).sum(-1, keepdim=True)
+                shared = shared if moved is None else shared.sub_(moved)
             dqueries: Tensor | None = None
             for a, b in block.tiles():
-                keys = _keys(k, rows, a, b, dtype)
+                keys, fades = score.keys(k, block, a, b), score.key_fades(block, a, b)
+                keys = keys if fades is None else keys * fades
                 scores, weights = score(queries, keys, block, a, b)
                 dout, d = gradient, shared
-                if total is not None:
+                if total is not None and shared is not None:
                     # The weights sum to 1 over the tile, not over all keys; what they meet is scaled instead of them.
                     part = (_log_sum(scores, weights) - total).exp()
                     dout, d = gradient * part, shared * part
                 factor = None if pairs.drop is None else pairs.drop(weights, block, a)
                 met = weights if factor is None else weights * factor
                 _add_product(dv[rows, :, a:b], met.transpose(1, 2), dout)
-                torch.bmm(dout, _keys(v, rows, a, b, dtype).transpose(1, 2), out=scores)
-                if factor is not None:
-                    scores.mul_(factor)
-                dscores = scores.sub_(d).mul_(weights)
+                values = score.keys(v, block, a, b).transpose(1, 2)
+                if factor is None and d is not None:
+                    torch.baddbmm(d.neg(), dout, values, out=scores).mul_(weights)
+                else:
+                    torch.bmm(dout, values, out=scores)
+                    if factor is not None:
+                        scores.mul_(factor)
+                    if d is not None:
+                        scores.sub_(d).mul_(weights)
+                if d is None:
+                    torch._softmax_backward_data(scores, weights, -1, scores.dtype, grad_input=scores)
+                    if moved is not None:
+                        scores.addcmul_(weights, moved)
+                dscores = score.through(scores, block, a, b)
                 found = torch.bmm(dscores, keys)
                 dqueries = found if dqueries is None else dqueries.add_(found)
-                _add_product(dk[rows, :, a:b], dscores.transpose(1, 2), queries)
+                _add_product(dk[rows, :, a:b], dscores.transpose(1, 2), queries, fades)
             assert dqueries is not None
-            dq[rows, :, block.i : block.j] = dqueries.mul_(pairs.scale).view(-1, H, block.j - block.i, D)
-    return dq, dk, dv
+            faded = score.fades(block)
+            score.put(dq, block, dqueries.mul_(pairs.scale) if faded is None else dqueries.mul_(faded * pairs.scale))
+    return dq, dk, dv, (None,) * 4 if score.added is None else score.added.gradients()
 
 
 class _Tiled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs) -> Tensor:
-        y, log_sums = attend(q, k, v, pairs, partial=False)
-        ctx.save_for_backward(q, k, v, y, log_sums)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, *tensors: Tensor | None) -> Tensor:
+        y, log_sums = attend(q, k, v, _joined(pairs, tensors), partial=False)
+        ctx.save_for_backward(q, k, v, y, log_sums, *tensors)
         ctx.pairs = pairs
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, y, log_sums = ctx.saved_tensors
-        dq, dk, dv = attend_backward(dy, q, k, v, y, log_sums, ctx.pairs, partial=False)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None
+        q, k, v, y, log_sums, *tensors = ctx.saved_tensors
+        return _gradients(dy, q, k, v, y, log_sums, ctx.pairs, tensors, partial=False)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total (rows, G, n, D) += a @ b``; a product that adds would be run head by head, since ``total`` is a part of something."""
-    total.add_(torch.bmm(a, b).view(total.shape))
+class _TiledPart(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        y, log_sums = attend(q, k, v, _joined(pairs, tensors), partial=True)
+        assert log_sums is not None
+        ctx.save_for_backward(q, k, v, y, log_sums, *tensors)
+        ctx.pairs = pairs
+        return y, log_sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dlog: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, y, log_sums, *tensors = ctx.saved_tensors
+        return _gradients(dy, q, k, v, y, log_sums, ctx.pairs, tensors, partial=True, dlog=dlog)
+
+
+def _gradients(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    log_sums: Tensor | None,
+    pairs: Pairs,
+    tensors: list[Tensor | None],
+    partial: bool,
+    dlog: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """What autograd is told of a call's ``q, k, v, pairs, *tensors``."""
+    dq, dk, dv, found = attend_backward(dy, q, k, v, y, log_sums, _joined(pairs, tuple(tensors)), partial, dlog)
+    taken = (None if d is None or t is None else d.to(t.dtype) for d, t in zip(found, tensors, strict=True))
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, *taken
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None) -> None:
+    """``total (rows, G, n, D) += a @ b``, times ``factor (n, D)``; a product that adds would be run head by head, since ``total`` is a part of something."""
+    found = torch.bmm(a, b)
+    total.add_((found if factor is None else found.mul_(factor)).view(total.shape))

@@ -31,6 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmlong.backbone.part import PARTS, Part
 from mmlong.backbone.replay import refuse_sharded
 from mmlong.backbone.segmented import Step
 from mmlong.layout import Layout
@@ -110,26 +111,46 @@ def over_ranks(module: nn.Module, group: dist.ProcessGroup | None) -> Iterator[N
         group: the ranks that share the sequences, in order; ``None``: this process alone.
 
     Raises:
-        ValueError: the module does not stream, is sharded, recomputes its blocks in the backward, or (when called) is given a state or an empty piece.
+        ValueError: the module does not stream, has parts with a state of their own (:mod:`mmlong.backbone.parts`), is sharded, recomputes its blocks in the backward, or (when called) is given a state or an empty piece.
     """
     require_streaming(module, "running layers over ranks")
     refuse_sharded(module, "running layers over ranks")
+    # Those that are written with nothing inside are registered, and no more than that.
+    kinds: tuple[type[nn.Module], ...] = (Part, *(PARTS[key] for key in PARTS.names()))
     for part in module.modules():
+        if isinstance(part, kinds):
+            raise ValueError(
+                f"running layers over ranks: {type(part).__name__} carries a state of its own past its mixers: use sequence_parallel_loss, which hands on any state"
+            )
         if getattr(part, "grad_checkpointing", False) or getattr(getattr(part, "config", None), "reversible", False):
             raise ValueError(
                 "running layers over ranks: blocks that are run again in the backward would ask their neighbours again: switch checkpoint and reversible off, or use sequence_parallel_loss with segment"
             )
     mixers = [part for part in module.modules() if isinstance(part, Mixer)]
     links: list[Links] = []
+
+    # Before anything looks at the piece: where a rank has none, all ranks must learn of it, or the others wait for it.
+    def meet(_: nn.Module, args: tuple[Any, ...]) -> None:
+        _met(links, group, args[0])
+
+    hook = module.register_forward_pre_hook(meet)
     try:
         for mixer in mixers:
             mixer.forward = partial(_forward, mixer, group, links)  # type: ignore[method-assign]
         yield
     finally:
+        hook.remove()
         for mixer in mixers:
             del mixer.forward
         for each in links:
             each.finish()
+
+
+def _met(kept: list[Links], group: dist.ProcessGroup | None, x: Tensor) -> Links:
+    """The ranks, which meet once and tell each other how long their pieces are."""
+    if not kept:
+        kept.append(Links(group, x.device, x.shape[1]))
+    return kept[0]
 
 
 def _forward(
@@ -142,9 +163,7 @@ def _forward(
 ) -> tuple[Tensor, State]:
     if state is not None:
         raise ValueError("layers over ranks begin from nothing: a state comes from the rank before")
-    if not kept:
-        kept.append(Links(group, x.device, x.shape[1]))
-    (links,) = kept
+    links = _met(kept, group, x)
     plain = type(mixer).forward
     if links.size == 1:
         return plain(mixer, x, None, layout)[0], None
@@ -168,6 +187,7 @@ def _crosses(layout: Layout | None, length: int) -> Tensor | None:
 @parallel_form(Local)
 def _window(mixer: Local, x: Tensor, links: Links, layout: Layout | None) -> Tensor | None:
     window = mixer.slots
+    assert window is not None
     if links.shortest < window:
         return None
     x, tokens, marks = links.before(x, window, None if layout is None else layout.resets)
@@ -186,13 +206,14 @@ def _window(mixer: Local, x: Tensor, links: Links, layout: Layout | None) -> Ten
 
 @parallel_form(Attention)
 def _ring(mixer: Attention, x: Tensor, links: Links, layout: Layout | None) -> Tensor | None:
-    if mixer.training and mixer.dropout:
-        return None  # which weights are dropped is drawn by the piece; the general way has one draw for a row
+    if (mixer.training and mixer.dropout) or not mixer.plain:
+        # Which weights are dropped is drawn by the piece; the general way has one draw for a row. The ring knows products alone.
+        return None
     B, L, _ = x.shape
     begins = links.begins(layout, B, L)
     here = links.start + torch.arange(L, device=x.device)
-    q, k, v = mixer.project(x, here - begins if mixer.rope else None)
-    return mixer.out_proj(ring_attention(q, k, v, links, begins).transpose(1, 2).flatten(2))
+    q, k, v = mixer.project(x, here - begins if mixer.placed else None)
+    return mixer.finish(x, ring_attention(q, k, v, links, begins).transpose(1, 2).flatten(2))
 
 
 @parallel_form(Hyena)

@@ -29,6 +29,7 @@ from mmlong.backbone.segmented import Keep, Step, check_keep, segmented_loss
 from mmlong.layout import Layout
 from mmlong.mixers import State, detach_state, rebuild_state, require_streaming, select_rows, state_tensors
 from mmlong.parallel.exchange import Chain
+from mmlong.parallel.experts import refuse_experts_of_one_sequence
 from mmlong.parallel.mesh import rows_of
 
 Reduce = Literal["sum", "mean"]
@@ -242,6 +243,7 @@ def sequence_parallel_loss(
     """
     require_streaming(module, "sequence parallelism")
     refuse_sharded(module, "sequence parallelism")
+    refuse_experts_of_one_sequence(module, group, "sequence parallelism")
     check_keep(keep)
     lengths = {t.shape[1] for t in inputs}
     if len(lengths) != 1 or rows < 1 or (segment is not None and segment < 1) or reduce not in ("sum", "mean"):

@@ -64,10 +64,10 @@ class _Ring(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, log, begins = ctx.saved_tensors
         links, scale = ctx.links, ctx.scale
-        dq, dk, dv = attend_backward(dy, q, k, v, y, log, _own(links, begins, scale), partial=True)
+        dq, dk, dv, _ = attend_backward(dy, q, k, v, y, log, _own(links, begins, scale), partial=True)
         for place, keys, values in _pieces(links, k, v):
             pairs = _earlier(links, place, begins, scale)
-            more, dkeys, dvalues = attend_backward(dy, q, keys, values, y, log, pairs, partial=True)
+            more, dkeys, dvalues, _ = attend_backward(dy, q, keys, values, y, log, pairs, partial=True)
             dq += more
             if place < links.rank - 1:
                 # What the ranks between have added; the piece's own rank adds its part at home.

@@ -19,6 +19,7 @@ from mmlong.backbone import BackboneConfig
 from mmlong.backbone.segmented import check_keep, segmented_loss
 from mmlong.layout import Layout
 from mmlong.mixers import State
+from mmlong.mixers.own_loss import own_losses, sum_own_loss
 from mmlong.models import AutoregressiveModel
 from mmlong.parallel import SequenceMesh, layered_loss, piece_bounds, sequence_parallel_loss, take_piece
 from mmlong.tasks.autoregress_report import AutoregressReport
@@ -82,6 +83,7 @@ class AutoregressTask(Task):
             check_bounded(self.model.backbone)
         self.segment, self.keep, self.truncate = segment, keep, truncate
         self.carry, self.carried = carry, CarriedState()
+        self._own: Tensor = torch.zeros(())
         self.samples = samples
         self.sample_length = sample_length
 
@@ -92,8 +94,18 @@ class AutoregressTask(Task):
     def _step(self, pieces: list[Tensor], state: State, layout: Layout | None) -> tuple[Tensor, State]:
         """Summed nats of one piece. (A module's method and not the model's: DDP sees one forward.)"""
         (tokens,) = pieces
-        prediction, state = self.model(tokens, state, layout)
-        return self.model.head.loss(prediction, tokens, layout)[0], state
+        if not (self.training and self.model.backbone.has_own_loss):
+            prediction, state = self.model(tokens, state, layout)
+            return self.model.head.loss(prediction, tokens, layout)[0], state
+        with own_losses() as found:
+            prediction, state = self.model(tokens, state, layout)
+        loss = self.model.head.loss(prediction, tokens, layout)[0]
+        if (own := sum_own_loss(found)) is not None:
+            # A sum over tokens beside one over numbers.
+            own = own.to(loss.dtype) * self.model.modality.channels
+            self._own = self._own + own.detach()
+            loss = loss + own
+        return loss, state
 
     def nats(self, batch: dict[str, Tensor], carry: bool = False) -> tuple[Tensor, Tensor]:
         """``(summed nats, numbers)`` of a batch: what is predicted and how many numbers of raw data that is; rows of weight 0 count nothing.
@@ -135,20 +147,27 @@ class AutoregressTask(Task):
         )  # fmt: skip
 
     def _bits(self, batch: dict[str, Tensor], stage: str) -> Tensor:
+        self._own = torch.zeros((), device=batch["raw"].device)
         total, numbers = self.nats(batch, self.carry and stage == "train")
-        bits = total / numbers.clamp_min(1) / math.log(2)
+        loss = total / numbers.clamp_min(1) / math.log(2)
         evaluating = stage != "train"
+        bits = loss
+        if not evaluating and self.model.backbone.has_own_loss:
+            own = self._own.clone()
+            if self.ranks is not None:
+                torch.distributed.all_reduce(own, group=self.ranks.sequence_group)
+            bits = loss.detach() - own / numbers.clamp_min(1) / math.log(2)
         self.log(
             f"{stage}/bits", bits, prog_bar=True, batch_size=int(numbers), on_step=not evaluating, on_epoch=evaluating,
             sync_dist=evaluating,
         )  # fmt: skip
-        return bits
+        return loss
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The loss, in bits."""
-        bits = self._bits(batch, "train")
-        self.log("train/loss", bits, batch_size=1)  # for the curve; the bar shows the bits
-        return bits
+        """The loss, in bits; with the mixers' own where they have one, which the logged bits are without."""
+        loss = self._bits(batch, "train")
+        self.log("train/loss", loss, batch_size=1)  # for the curve; the bar shows the bits
+        return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Count a batch."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from mmlong.backbone import BackboneConfig
 from mmlong.layout import Layout
+from mmlong.mixers.own_loss import mean_own_loss, own_losses
 from mmlong.models import Model, build_model
 from mmlong.training.optim import OptimConfig, build_optimizer
 from mmlong.training.transfer import (
@@ -94,6 +96,19 @@ class Task(pl.LightningModule):
     def encode(self, batch: dict[str, Tensor]) -> tuple[Tensor, Layout]:
         """The tokens and layout of a batch: keys ``raw``, and ``lengths`` and ``resets`` where the data has them."""
         return self.model.encode(batch["raw"], batch.get("lengths"), batch.get("resets"))
+
+    @contextmanager
+    def with_own_losses(self) -> Iterator[list[Tensor]]:
+        """Around the model in a training step: what its mixers add to the loss, in nats, one scalar or none, is in the list afterwards."""
+        added: list[Tensor] = []
+        if not (self.training and self.model.backbone.has_own_loss):
+            yield added
+            return
+        with own_losses() as found:
+            yield added
+        if (own := mean_own_loss(found)) is not None:
+            self.log("train/own_loss", own.detach(), batch_size=1)
+            added.append(own)
 
     def setup(self, stage: str) -> None:
         """Before training: freeze the backbone and compile its blocks, each when asked to."""

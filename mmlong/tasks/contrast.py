@@ -114,9 +114,10 @@ class ContrastTask(Task):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The loss; a sample of weight 0 (a skipped one) is no other."""
-        loss = self.contrast(batch, [step_generator(self.global_rank)] * batch["raw"].shape[0])
+        with self.with_own_losses() as own:
+            loss = self.contrast(batch, [step_generator(self.global_rank)] * batch["raw"].shape[0])
         self.log("train/loss", loss, prog_bar=True, batch_size=int(self.counted(batch).sum()))
-        return loss
+        return sum(own, loss)
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
         keep = self.counted(batch)

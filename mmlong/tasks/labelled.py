@@ -98,13 +98,14 @@ class LabelledTask(Task):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """One step; a sample of weight 0 (a skipped one) does not count."""
         keep = self.counted(batch)
-        prediction, target = self.predicted(batch)
+        with self.with_own_losses() as own:
+            prediction, target = self.predicted(batch)
         loss = self.loss(prediction, target, keep)
         count = int(keep.sum())
         self.log("train/loss", loss, prog_bar=True, batch_size=count)
         for name, value in self.training_measures(prediction.detach(), target, keep).items():
             self.log(f"train/{name}", value, batch_size=count)
-        return loss
+        return sum(own, loss)
 
     def _evaluate(self, batch: dict[str, Tensor], metrics: MetricCollection, stage: str) -> Tensor:
         keep = self.counted(batch)

@@ -105,7 +105,10 @@ class MaskedTask(Task):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The loss, in bits for codes."""
         draw = step_generator(self.global_rank)
-        return self._measured(batch, [draw] * batch["raw"].shape[0], "train")
+        with self.with_own_losses() as own:
+            loss = self._measured(batch, [draw] * batch["raw"].shape[0], "train")
+        # In the loss's unit.
+        return sum(own, torch.zeros_like(loss)) / (1 if self.model.modality.codes is None else math.log(2)) + loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Count a batch."""

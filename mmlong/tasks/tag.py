@@ -43,9 +43,9 @@ class TagTask(LabelledTask):
         freeze_backbone: bool | int = False,
     ) -> None:
         super().__init__(modality, backbone, head, optim, compile, data_info, backbone_from, freeze_backbone)
-        if self.model.backbone.stride != 1:
+        if not self.model.backbone.per_token:
             raise ValueError(
-                f"tagging labels every token, and this backbone makes one of {self.model.backbone.stride}: leave backbone.pool empty"
+                f"tagging labels every token, and this backbone {self.model.backbone.instead}: leave backbone.pool empty, and perceiver out of backbone.parts"
             )
 
     @property

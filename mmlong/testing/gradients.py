@@ -7,6 +7,7 @@ outgoing state at random. All in float64, at lengths that are multiples of no ch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -32,7 +33,7 @@ def gradients_are_right(s: Subject) -> None:
         mixed = s.layout([71, 50] if s.traits.padding else None, marks if s.traits.resets else None, (2, 71))
         cases.append(("padded or packed", 71, 37 if s.streaming else 0, mixed))
     if s.traits.grid:
-        cases.append(("on a grid", 63, 0, Layout(grid=(7, 9), order="serpentine")))
+        cases.append(("on a grid", math.prod(s.grid), 0, Layout(grid=s.grid, order="serpentine")))
     for what, length, past, layout in cases:
         _Case(s, what, length, past, layout).check()
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from mmlong.mixers.contract import Traits, create_mixer
 from mmlong.testing import causality, cost, gradients, isolation, layouts, module, numerics, streaming, stress
-from mmlong.testing.subject import Make, Subject
+from mmlong.testing.subject import PROBED, Make, Subject
 from mmlong.testing.suite import Property, run_properties, wanted_properties
 
 # In the order of what a failure of one says about the next: rows before time, time before state, state before layouts.
@@ -30,7 +30,7 @@ PROPERTIES: tuple[Property, ...] = (
     Property("padding", layouts.padding_changes_nothing, lambda s: s.traits.padding),
     Property("resets", layouts.resets_separate, lambda s: s.traits.resets),
     Property("grid", streaming.grid_is_read_or_ignored),
-    Property("gradients", gradients.gradients_are_right),
+    Property("gradients", gradients.gradients_are_right, lambda s: not s.stops_gradient),
     Property("segments", gradients.segments_give_the_whole_gradient, lambda s: s.streaming),
     Property("state", streaming.state_is_as_declared),
     Property("bfloat16", numerics.bfloat16_autocast_works),
@@ -59,6 +59,7 @@ def check_mixer(
     only: str | Iterable[str] | None = None,
     device: torch.device | str = "cpu",
     prepare: Callable[[nn.Module], None] | None = None,
+    probed: int = PROBED,
 ) -> tuple[str, ...]:
     """Check that a mixer (or a block, or a backbone: anything with the contract's signature) keeps the contract.
 
@@ -108,5 +109,5 @@ def check_mixer(
         if traits is None:
             raise ValueError(f"{name} has no traits: pass traits=Traits(...)")
     place = torch.device(device)
-    subjects = [Subject(name, build, traits, dim, place, prepare) for dim in dims]
+    subjects = [Subject(name, build, traits, dim, place, prepare, probed) for dim in dims]
     return run_properties(PROPERTIES + LONG_PROPERTIES, wanted, subjects)

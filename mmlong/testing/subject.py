@@ -22,6 +22,9 @@ from mmlong.testing.verdicts import Verdicts, short
 
 Make = Callable[[int], nn.Module]
 
+PROBED = 257
+"""Tokens of a sequence whose every position is probed for a leak from the future."""
+
 
 @dataclass
 class Subject(Verdicts):
@@ -34,6 +37,7 @@ class Subject(Verdicts):
         dim: width D.
         device: where to run.
         prepare: given each module that is built, last; or ``None``.
+        probed: tokens of the sequence whose every position is probed for a leak.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Subject(Verdicts):
     dim: int
     device: torch.device
     prepare: Callable[[nn.Module], None] | None = None
+    probed: int = PROBED
     _modules: dict[torch.dtype, nn.Module] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -77,9 +82,18 @@ class Subject(Verdicts):
         return bool(getattr(self.module(torch.float32), "causal", self.traits.causal))
 
     @property
+    def stops_gradient(self) -> bool:
+        return bool(getattr(self.module(torch.float32), "stops_gradient", False))
+
+    @property
     def streaming(self) -> bool:
         default = self.causal and self.traits.streaming
         return bool(getattr(self.module(torch.float32), "streaming", default))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """A grid for the module: rows of 9 cells; or, if it reads grids, of as many as it was built for (its attribute ``width``)."""
+        return 7, getattr(self.module(torch.float32), "width", 9) if self.traits.grid else 9
 
     # Data
 

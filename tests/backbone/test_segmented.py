@@ -12,6 +12,7 @@ from mmlong.backbone import Backbone, BackboneConfig, segmented_loss
 from mmlong.heads import CategoricalHead
 from mmlong.layout import Layout
 from mmlong.mixers import list_mixers, map_state, state_tensors
+from mmlong.testing.kinds import MORE_KINDS
 
 
 class ByteModel(nn.Module):
@@ -55,7 +56,7 @@ def gradients(model: ByteModel, codes, targets, segment: int, layout) -> tuple[f
 
 
 @pytest.mark.parametrize("kind", ["full", "padded", "packed"])
-@pytest.mark.parametrize("mixer", list_mixers(streaming=True))
+@pytest.mark.parametrize("mixer", MORE_KINDS)
 def test_four_segments_give_the_whole_gradient(mixer: str, kind: str) -> None:
     torch.manual_seed(0)
     length, segment = 65, 19

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from mmlong.backbone import Backbone, BackboneConfig, Merge, Reversed
-from mmlong.layout import Layout
-from mmlong.mixers import list_mixers, select_rows, state_bytes
+from mmlong.layout import Layout, scan_order
+from mmlong.mixers import select_rows, state_bytes
+from mmlong.models import Model
+from mmlong.testing.kinds import MORE_KINDS
 
 
 def build(**options) -> Backbone:
@@ -17,7 +19,7 @@ def build(**options) -> Backbone:
     return Backbone(BackboneConfig(**{"dim": 16, "depth": 2, "mixers": ["mamba2"], **options})).double().eval()
 
 
-@pytest.mark.parametrize("mixer", list_mixers(streaming=True))
+@pytest.mark.parametrize("mixer", MORE_KINDS)
 def test_whole_equals_pieces_equals_one_at_a_time(mixer: str) -> None:
     backbone = build(mixers=[mixer])
     x = torch.randn(2, 33, 16, dtype=torch.float64)
@@ -82,11 +84,82 @@ def test_merge_groups_are_blocks_of_the_image() -> None:
     torch.nn.init.constant_(merge.project.weight, 0.25)
     torch.nn.init.zeros_(merge.project.bias)
     image = torch.arange(64.0).view(8, 8)
-    from mmlong.layout import scan_order
-
     tokens = image.flatten()[scan_order((8, 8), "morton")].view(1, 64, 1)
     expected = image.view(4, 2, 4, 2).mean((1, 3)).flatten()[scan_order((4, 4), "morton")]
     torch.testing.assert_close(merge(tokens)[0, :, 0], expected)
+
+
+@pytest.mark.parametrize("order", ["raster", "serpentine", "hilbert"])
+def test_patch_merging_is_timms(order: str) -> None:
+    swin = pytest.importorskip("timm.models.swin_transformer")
+    torch.manual_seed(0)
+    theirs = swin.PatchMerging(6, 10).double()
+    merge = Merge("2x2", 6, 10).double()
+    torch.nn.init.normal_(theirs.norm.weight)
+    torch.nn.init.normal_(theirs.norm.bias)
+    # Theirs takes the cells of a patch down its columns, here they go along its rows.
+    places = torch.arange(24).view(2, 2, 6).transpose(0, 1).flatten()
+    with torch.no_grad():
+        merge.norm.weight.copy_(theirs.norm.weight[places])
+        merge.norm.bias.copy_(theirs.norm.bias[places])
+        merge.project.weight.copy_(theirs.reduction.weight[:, places])
+        merge.project.bias.zero_()
+    image = torch.randn(2, 8, 12, 6, dtype=torch.float64, requires_grad=True)
+    layout = Layout(grid=(8, 12), order=order)
+    tokens = image.flatten(1, 2)[:, scan_order((8, 12), order)]
+    got, want = merge(tokens, layout), theirs(image).flatten(1, 2)[:, scan_order((4, 6), order)]
+    assert merge.layout_out(layout, 96).grid == (4, 6)
+    torch.testing.assert_close(got, want)
+    weights = torch.randn_like(want)
+    torch.testing.assert_close(*(torch.autograd.grad((y * weights).sum(), image)[0] for y in (got, want)))
+
+
+def test_swin_stages_on_an_image_in_any_scan_order() -> None:
+    """Windows and patches of a pyramid: what comes out is a matter of the image, not of how it was unrolled."""
+    stages = [[{"name": "swin_2d", "window": 4, "shift": shift, "heads": 2} for shift in (0, 2)]] * 3
+    options = {"dim": [8, 12, 16], "depth": [2, 2, 2], "mixers": stages, "direction": "both"}
+    backbone = build(pool=["2x2", "2x2"], **options)
+    assert backbone.stride == 16
+    image = torch.randn(2, 32 * 32, 8, dtype=torch.float64)
+    want = backbone(image, None, Layout(grid=(32, 32)))[0]
+    assert want.shape == (2, 64, 16)
+    for order in ("morton", "hilbert", "random:3"):
+        layout = Layout(grid=(32, 32), order=order)
+        got = backbone(image[:, scan_order((32, 32), order)], None, layout)[0]
+        out = backbone.layout_out(layout, 1024)
+        assert (out.grid, out.order) == ((8, 8), order)
+        torch.testing.assert_close(got, want[:, scan_order((8, 8), order)])
+    # In Morton order four neighbours are a patch.
+    neighbours = build(pool=[4, 4], **options)
+    layout = Layout(grid=(32, 32), order="morton")
+    torch.testing.assert_close(neighbours(image, None, layout)[0], backbone(image, None, layout)[0])
+    with pytest.raises(ValueError, match="patches of 2x2 are of a whole grid"):
+        backbone(image)
+    with pytest.raises(ValueError, match="neither a number of neighbours nor the sides"):
+        build(pool=["2by2", 4], **options)
+
+
+def test_a_classifier_of_swin_stages() -> None:
+    stages = [[{"name": "swin_2d", "window": 4, "shift": shift, "heads": 2} for shift in (0, 2)]] * 3
+    config = {
+        "modality": {"name": "image", "size": [32, 32], "channels": 3, "order": "raster"},
+        "backbone": {
+            "dim": [8, 16, 32],
+            "depth": [2, 2, 2],
+            "pool": ["2x2", "2x2"],
+            "mixers": stages,
+            "direction": "both",
+        },
+        "head": {"name": "readout", "num_classes": 5},
+    }
+    torch.manual_seed(0)
+    model = Model(config)
+    assert model.head.tokens == 64
+    tokens, layout = model.encode(torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8))
+    scores = model(tokens, None, layout)[0]
+    assert scores.shape == (2, 5)
+    scores.logsumexp(-1).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_checkpointing_changes_nothing() -> None:

@@ -40,7 +40,9 @@ def test_mixers_beside_peers(jobs: Any, tmp_path: Path, capsys: pytest.CaptureFi
     )
     assert run_bench([*ask, "--option", "mamba2.chunk=16", *out]) == 0
     said = capsys.readouterr().out
-    assert "mamba2 (chunk=16), ours, fp32, both: time grows as length^1.00 from 64 to 128" in said
+    assert (
+        "mamba2 (chunk=16), ours, fp32, both: time grows as length^1.00, memory as length^0.00, from 64 to 128" in said
+    )
     rows = [line.split() for line in said.splitlines() if " both  " in line and "mamba2-transformers" in line]
     assert [row[-1] for row in rows] == ["4.00"] * 4
     assert [job["kind"] for job in jobs.jobs].count("machine") == 2
@@ -99,7 +101,14 @@ def test_streams(jobs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.skipif(not INSTALLED, reason="needs every peer")
-@pytest.mark.parametrize(("which", "fails", "told"), [("", "s5", "s4d, s5"), ("state", "xlstm", "mlstm, xlstm")])
+@pytest.mark.parametrize(
+    ("which", "fails", "told"),
+    [
+        ("", "s5", "s4d, s5"),
+        ("state", "xlstm", "mlstm, xlstm"),
+        ("softmax", "fnet", "fnet (norm=backward, both), fnet"),
+    ],
+)
 def test_a_table_in_one_command(
     jobs: Any, capsys: pytest.CaptureFixture[str], which: str, fails: str, told: str
 ) -> None:

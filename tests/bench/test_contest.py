@@ -65,6 +65,19 @@ def test_peers_stop_at_their_length_and_formats_and_modes_are_swept(pretend: Any
     assert "compare" not in {job["kind"] for job in pretend.jobs}  # another function: there is nothing to hold equal
 
 
+def test_quadratic_work_stops_at_its_length(pretend: Any) -> None:
+    conditions = Conditions([10, 20, 30], rounds=1, quadratic_length=20)
+    rows = list(run_contests([[Subject("moba")], [Subject("s4d")]], conditions, pretend))
+    assert [(r.name, r.length) for r in rows] == [
+        ("moba", 10), ("s4d", 10), ("moba", 20), ("s4d", 20), ("s4d", 30)
+    ]  # fmt: skip
+
+
+def test_a_mixer_of_a_greatest_length_stops_there(pretend: Any) -> None:
+    rows = list(run_contests([[Subject("linformer", {"max_length": 20})]], Conditions([10, 20, 30], rounds=1), pretend))
+    assert [r.length for r in rows] == [10, 20]
+
+
 @pytest.mark.parametrize("difference", [0.5, float("nan")])
 def test_sides_that_differ_are_not_timed(pretend: Any, difference: float) -> None:
     pretend.difference = difference
@@ -80,7 +93,7 @@ def test_sides_that_differ_are_not_timed(pretend: Any, difference: float) -> Non
     [
         (Subject("mamba2"), "mamba2"),
         (Subject("mamba2", {"chunk": 8}, "both"), "mamba2 (chunk=8, both)"),
-        (Subject("local", {"window": 8}, peer="longformer"), "local (window=8, rope=False, bias=True, both)"),
+        (Subject("local", {"window": 8}, peer="longformer"), "local (window=8, positions=none, bias=True, both)"),
         (Subject("s4d", ffn="mlp"), "s4d (mlp)"),
     ],
 )

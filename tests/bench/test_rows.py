@@ -58,12 +58,13 @@ def test_the_exponent_of_a_power_is_found(power: float, scale: float, lengths: l
 
 
 def test_growth_of_each_line_apart() -> None:
-    rows = [row(length=n, seconds=(float(n), 9e9)) for n in (10, 20, 40)]
+    rows = [row(length=n, seconds=(float(n), 9e9), memory_bytes=n**3) for n in (10, 20, 40)]
     rows += [row(length=n, seconds=(n**2.0,), side="p", against="p") for n in (20, 10)]
     rows += [row(length=10, seconds=(1.0,), dtype="bf16"), row(length=80, failed="x")]
     found = growths(rows)
     assert [(g.side, g.lengths) for g in found] == [("ours", (10, 20, 40)), ("p", (10, 20))]
     assert [g.exponent for g in found] == pytest.approx([1.0, 2.0])
+    assert found[0].memory == pytest.approx(3.0)
 
 
 seconds = st.lists(st.floats(1e-9, 1e6), max_size=3).map(tuple)

@@ -101,3 +101,23 @@ def test_bytes_are_learned_with_every_mixer(
     _, bits = column(read_metrics(run / "metrics.csv"), "train/bits")
     first, last = (sum(some) / len(some) for some in (bits[:4], bits[-4:]))
     assert last < first - 1, f"{mixer}: from {first:.2f} to {last:.2f} bits a byte"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", sorted({*list_mixers()} - {*list_mixers(streaming=True)}))
+def test_digits_are_learned_with_every_mixer_that_sees_both_sides(
+    mixer: str, data: Path, tmp_path: Path, mmlong: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pixel by pixel, the grid with them: the loss falls."""
+    monkeypatch.chdir(tmp_path)
+    name = "image/mnist784"
+    steps = ["--trainer.max_steps=40", "--trainer.val_check_interval=40", "--trainer.limit_test_batches=1"]
+    quick = ["--model.optim.warmup=4", "--model.optim.lr=0.01", "--model.optim.ema=0", "--data.batch_size=16"]
+    status, said = mmlong(
+        "fit", "-c", name, "-c", f"{name}.debug", f"--model.backbone.mixers=[{mixer}]", *steps, *quick
+    )
+    assert status == 0, said
+    (run,) = Path("runs", f"{name}.debug").iterdir()
+    _, losses = column(read_metrics(run / "metrics.csv"), "train/loss")
+    first, last = (sum(some) / len(some) for some in (losses[:8], losses[-8:]))
+    assert last < first - 0.02, f"{mixer}: from {first:.3f} to {last:.3f}"

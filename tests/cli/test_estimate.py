@@ -108,3 +108,16 @@ def test_the_estimate_is_what_a_step_takes(capsys: pytest.CaptureFixture[str]) -
     measured = json.loads(capsys.readouterr().out)["measured"]
     assert abs(measured["peak_error"]) < 0.2
     assert measured["flops_error"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model.backbone.ffn={name: switch, experts: 2}"], "took an even share of the tokens"),
+        (["--model.backbone.parts=[mamba2, {dynamic: 4, parts: [mamba2]}]"], "counted at the length aimed at"),
+    ],
+)
+def test_work_that_depends_on_values(capsys: pytest.CaptureFixture[str], options: list[str], said: str) -> None:
+    """Of a recipe, and the report says what was supposed."""
+    assert run_estimate([*SMALL, *options, "--model.segment", "32", "--length", "64"]) == 0
+    assert said in " ".join(capsys.readouterr().out.split())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mmlong.diagnose.probes import FUZZY, KEYS, PROBES, SILENT, Size, list_probes
+from mmlong.diagnose.probes import FAR_KEYS, FAR_VALUES, FUZZY, KEYS, NOISE, PROBES, SILENT, TOLD, Size, list_probes
 
 CASES = [
     (name, size) for name in list_probes() for size in (*PROBES[name].train, *PROBES[name].tests.values())
@@ -122,3 +122,19 @@ def test_fuzzy_recall() -> None:
             assert len(known) == size["pairs"]
             assert asked == found == sum(answer != SILENT for answer in said)
             assert asked > 0
+
+
+def test_far_recall() -> None:
+    codes, answers = PROBES["far_recall"].draw(np.random.default_rng(0), 5, length=300, near=100)
+    told = NOISE + FAR_KEYS
+    for line, said in zip(codes, answers, strict=True):
+        where = {(code - told) // FAR_VALUES: at for at, code in enumerate(line) if code >= told}
+        assert sorted(where) == list(range(FAR_KEYS))
+        assert max(where.values()) - min(where.values()) < TOLD
+        for at, code in enumerate(line):
+            key = code - NOISE
+            if 0 <= key < FAR_KEYS:
+                want = (line[where[key]] - told) % FAR_VALUES if at - where[key] > 100 else SILENT
+                assert said[at] == want
+            else:
+                assert said[at] == SILENT

@@ -171,3 +171,14 @@ def test_roofline() -> None:
     }  # fmt: skip
     assert roofline(counts, device) == {"products": 10.0 + 8.0, "elementwise": 3.0, "starting kernels": 2.0}
     assert all(d.peaks["bfloat16"] > d.peaks["float32"] for d in DEVICES.values())
+
+
+def test_what_is_supposed_is_said() -> None:
+    def notes(**backbone: object) -> str:
+        task = AutoregressTask({"name": "text"}, BackboneConfig(dim=16, depth=1, **backbone))  # type: ignore[arg-type]
+        return "; ".join(found(TrainingStep(task, {}), 32, rows=2).notes)
+
+    assert notes() == ""
+    assert "an even share of the tokens" in notes(ffn={"name": "switch", "experts": 2})
+    assert "the length aimed at" in notes(parts=[{"dynamic": 4, "parts": ["mamba2"]}])
+    assert "the share of tokens aimed at" in notes(parts=[{"mixture_of_depths": 0.5, "parts": ["mamba2"]}])

@@ -64,7 +64,7 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shown.count("causal_conv1d") == 1, "what is absent has one line"
 
 
-@pytest.mark.parametrize("op", ["attention", "linear_attention", "long_conv", "rotary"])
+@pytest.mark.parametrize("op", ["attention", "pattern_attention", "linear_attention", "long_conv", "rotary"])
 def test_every_question_is_answered_rightly_on_a_cpu(op: str) -> None:
     for one in CASES:
         if one.op == op:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from mmlong.heads import create_head
-from mmlong.heads.pooling import POOLS, AttentionPool
+from mmlong.heads.pooling import POOLS, AttentionPool, create_pool
 from mmlong.layout import Layout
+from mmlong.mixers.set_transformer import MAB
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -52,6 +53,76 @@ def test_attention_pooling_is_softmax_over_valid_positions(dim: int, heads: int)
             part = slice(head * width, (head + 1) * width)
             weights = torch.softmax(keys[:, part] @ pool.query[part] / math.sqrt(width), 0)
             torch.testing.assert_close(found[row, part], weights @ values[:, part])
+
+
+def _norm(x: torch.Tensor, p: torch.nn.LayerNorm) -> torch.Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + p.eps).sqrt() * p.weight + p.bias
+
+
+def _mab(m: MAB, x: torch.Tensor, y: torch.Tensor, heads: int) -> torch.Tensor:
+    """``MAB(x (k, D), y (L, D))`` of the paper, by torch's own attention layer."""
+    a = m.attend
+    read, _ = F.multi_head_attention_forward(
+        x[:, None], y[:, None], y[:, None], x.shape[1], heads, None, None, None, None, False, 0.0,
+        a.out_proj.weight, None, use_separate_proj_weight=True, q_proj_weight=a.q_proj.weight,
+        k_proj_weight=a.k_proj.weight, v_proj_weight=a.v_proj.weight,
+    )  # fmt: skip
+    z = _norm(x + read[:, 0], m.norm_attention)
+    return _norm(z + (z @ m.feedforward.weight.T + m.feedforward.bias).clamp_min(0), m.norm_feedforward)
+
+
+@pytest.mark.parametrize(("seeds", "heads"), [(1, 4), (3, 2)])
+def test_pma_is_the_papers_formula(seeds: int, heads: int) -> None:
+    torch.manual_seed(0)
+    head = create_head("classify", 12, num_classes=5, pool={"name": "pma", "seeds": seeds, "heads": heads}).double()
+    pool = head.pool
+    with torch.no_grad():
+        for p in pool.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    x, lengths = torch.randn(3, 63, 12, dtype=torch.float64), [63, 17, 1]
+    found = head.pooled(x, Layout(lengths=torch.tensor(lengths)))
+    assert found.shape == (3, seeds * 12)
+    assert head(x).shape == (3, 5)
+    for row, length in enumerate(lengths):
+        keys = (x[row, :length] @ pool.feedforward.weight.T + pool.feedforward.bias).clamp_min(0)
+        want = _mab(pool.gather, pool.seeds, keys, heads)
+        if seeds > 1:
+            want = _mab(pool.between, want, want, heads)
+        torch.testing.assert_close(found[row], want.flatten())
+    # A set has no order.
+    torch.testing.assert_close(head(x.flip(1)), head(x))
+
+
+def test_pma_reads_as_isab_pytorch_does() -> None:
+    code = pytest.importorskip("isab_pytorch.isab_pytorch")
+    torch.manual_seed(0)
+    pool = create_pool({"name": "pma", "seeds": 4, "heads": 3}, 24).double()
+    mine, theirs = pool.gather.attend, code.Attention(24, heads=3, dim_head=8).double()
+    weights = {
+        "to_q.weight": mine.q_proj.weight,
+        "to_kv.weight": torch.cat([mine.k_proj.weight, mine.v_proj.weight]),
+        "to_out.weight": mine.out_proj.weight,
+    }
+    x, valid = torch.randn(2, 31, 24, dtype=torch.float64), torch.arange(31) < torch.tensor([31, 13])[:, None]
+    seeds = pool.seeds.expand(2, -1, -1)
+    want = torch.func.functional_call(theirs, weights, (seeds, x), {"mask": valid})
+    torch.testing.assert_close(mine(seeds, x, valid), want)
+
+
+def test_what_is_no_pooling() -> None:
+    for pool, message in (
+        ("sum", "unknown pooling 'sum'"),
+        ({"name": "pma", "seeds": 0}, "at least 1 seed"),
+        ({"name": "pma", "heads": 3}, "divide its width 8"),
+        ({"name": "pma", "seed": 2}, "did you mean 'seeds'"),
+        ({"name": "mean", "seeds": 2}, "pooling mean has no option 'seeds'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            create_head("classify", 8, num_classes=3, pool=pool)
+    with pytest.raises(ValueError, match="reads positions by their order"):
+        create_head("both_strands", 8, num_classes=3, pool={"name": "last"})
+    assert create_head("project", 8, pool={"name": "pma", "seeds": 2})(torch.randn(2, 5, 8)).shape == (2, 128)
 
 
 def test_multilabel_loss_by_hand() -> None:

@@ -15,6 +15,8 @@ from mmlong.mixers.state import state_bytes
 from mmlong.ops.backends import BackendError
 from mmlong.ops.rotary import rotary_reference
 
+BASE = 10000.0
+
 
 def tokens(B: int, L: int, dim: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(B, L, dim, generator=torch.Generator().manual_seed(L), dtype=dtype)
@@ -25,8 +27,8 @@ def by_definition(mixer: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     L = x.shape[1]
     q = mixer.q_proj(x).unflatten(-1, (mixer.heads, mixer.head_dim))
     k, v = (w(x).unflatten(-1, (mixer.kv_heads, mixer.head_dim)) for w in (mixer.k_proj, mixer.v_proj))
-    if mixer.rope:
-        q, k = (rotary_reference(t, torch.arange(L), mixer.rope_base) for t in (q, k))
+    if mixer.placed:
+        q, k = (rotary_reference(t, torch.arange(L), BASE) for t in (q, k))
     repeat = mixer.heads // mixer.kv_heads
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
     q, k, v = q.transpose(1, 2), *(t.repeat_interleave(repeat, 1) for t in (keys, values))
@@ -38,7 +40,7 @@ def by_definition(mixer: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
-    "options", [{}, {"heads": 4, "kv_heads": 2}, {"heads": 2, "head_dim": 7, "rope": False}], ids=str
+    "options", [{}, {"heads": 4, "kv_heads": 2}, {"heads": 2, "head_dim": 7, "positions": "none"}], ids=str
 )
 @pytest.mark.parametrize(("B", "L"), [(1, 1), (3, 63), (1, 257)])
 @pytest.mark.oracle("definition: softmax under a mask", "attention")

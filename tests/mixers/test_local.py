@@ -15,6 +15,8 @@ from mmlong.mixers.local import Local
 from mmlong.mixers.state import state_bytes
 from mmlong.ops.rotary import rotary_reference
 
+BASE = 10000.0
+
 
 def tokens(B: int, L: int, dim: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(B, L, dim, generator=torch.Generator().manual_seed(L), dtype=dtype)
@@ -25,8 +27,8 @@ def by_definition(mixer: Local, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     L, window = x.shape[1], mixer.window
     assert window is not None
     q, k, v = (w(x).unflatten(-1, (mixer.heads, -1)) for w in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
-    if mixer.rope:
-        q, k = (rotary_reference(t, torch.arange(L), mixer.rope_base) for t in (q, k))
+    if mixer.placed:
+        q, k = (rotary_reference(t, torch.arange(L), BASE) for t in (q, k))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     distance = torch.arange(L)[:, None] - torch.arange(L)
     hidden = (distance > window) | (distance < (0 if mixer.causal else -window))
@@ -38,13 +40,15 @@ def by_definition(mixer: Local, x: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("backend", ["auto", "tiled", "blocks"])
-@pytest.mark.parametrize(("window", "L", "rope"), [(1, 63, True), (10, 257, True), (10, 63, False), (300, 63, True)])
+@pytest.mark.parametrize(
+    ("window", "L", "positions"), [(1, 63, "rope"), (10, 257, "rope"), (10, 63, "none"), (300, 63, "rope")]
+)
 @pytest.mark.oracle("definition: softmax under a band", "local")
-def test_against_the_definition(held: Any, causal: bool, backend: str, window: int, L: int, rope: bool) -> None:
+def test_against_the_definition(held: Any, causal: bool, backend: str, window: int, L: int, positions: str) -> None:
     if backend == "blocks" and window >= L:
         backend = "sdpa"
     torch.manual_seed(0)
-    mixer = Local(16, causal=causal, window=window, heads=2, rope=rope, backend=backend).double()
+    mixer = Local(16, causal=causal, window=window, heads=2, positions=positions, backend=backend).double()
     x = tokens(3, L, 16).requires_grad_()
     (want, kept), (got, state) = by_definition(mixer, x), mixer(x)
     held(x, (got, state), (want, kept if causal else None))
@@ -64,7 +68,7 @@ def test_against_longformer(held: Any, lengths: list[int] | None) -> None:
         hidden_size=dim, num_attention_heads=heads, attention_window=[2 * window], attention_probs_dropout_prob=0.0
     )
     theirs = longformer.LongformerSelfAttention(config, layer_id=0).eval()
-    ours = Local(dim, causal=False, window=window, heads=heads, rope=False, bias=True)
+    ours = Local(dim, causal=False, window=window, heads=heads, positions="none", bias=True)
     with torch.no_grad():
         for mine, their in ((ours.q_proj, theirs.query), (ours.k_proj, theirs.key), (ours.v_proj, theirs.value)):
             mine.load_state_dict(their.state_dict())

@@ -182,5 +182,5 @@ def test_what_a_gpu_takes_of_itself(kind: str, visible: Visible, length: int, dr
 
 def test_doctor_lists_them_all() -> None:
     rows = {r["backend"]: r for r in ATTENTION.describe("cpu")}
-    assert list(rows) == ["sdpa", "tiled", "blocks", "flex", "varlen", "xformers"]
-    assert [r for r, row in rows.items() if row["usable"] == "yes"] == ["sdpa", "tiled", "blocks", "flex"]
+    assert list(rows) == ["sdpa", "tiled", "dense", "blocks", "flex", "varlen", "xformers"]
+    assert [r for r, row in rows.items() if row["usable"] == "yes"] == ["sdpa", "tiled", "dense", "blocks", "flex"]

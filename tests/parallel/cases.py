@@ -19,10 +19,17 @@ from mmlong.backbone import Backbone, BackboneConfig
 from mmlong.heads import CategoricalHead
 from mmlong.layout import Layout
 from mmlong.mixers import list_mixers
+from mmlong.testing.kinds import KINDS_OF_STATE
 
 CODES = 11
-OPTIONS: dict[str, Any] = {"local": {"window": 5}, "masked_conv2d": {"width": 6, "radius": 1}}
-"""Windows that reach from rank to rank."""
+OPTIONS: dict[str, Any] = {
+    "gmlp": {"max_length": 32},
+    "local": {"window": 5},
+    "masked_conv2d": {"width": 6, "radius": 1},
+    "synthesizer_dense": {"max_length": 32},
+    "synthesizer_random": {"max_length": 32},
+}
+"""Windows that reach from rank to rank; weights of positions that are no more than there are."""
 
 
 class ByteModel(nn.Module):
@@ -72,12 +79,9 @@ def data(kind: str, batch: int) -> tuple[list[Tensor], Layout | None]:
 CASES = [(kind, batch) for kind in ("full", "padded", "packed", "short") for batch in (1, 3)]
 
 
-KINDS_OF_STATE = ["attention", "hyena", "local", "mamba2", "masked_conv2d", "s4d"]
-
-
 def mixers(world: int) -> list[str]:
     """All that stream, on two ranks. What more ranks add is the handing on, which knows states only by their tensors: one of each kind."""
-    return list_mixers(streaming=True) if world <= 2 else KINDS_OF_STATE
+    return list_mixers(streaming=True) if world <= 2 else list(KINDS_OF_STATE)
 
 
 def names(world: int) -> Iterator[tuple[str, str, int]]:
@@ -96,6 +100,12 @@ WORLDS_AND_MIXERS = [
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def all_gradients(module: nn.Module) -> dict[str, Tensor]:
+    """Zero where there is none: a piece may be too short for all of a mixer."""
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in trained}
 
 
 def start(rank: int, world: int, folder: Path) -> None:
@@ -123,13 +133,20 @@ def spawn(script: Path, function: Callable[..., None], world: int, folder: Path,
 
 
 def cached_ranks(script: Path, function: Callable[..., None], folder: Path) -> Callable[[int], list[dict[str, Any]]]:
-    """``found(world)``: what each of ``world`` ranks saved, run once for each world."""
+    """``found(world)``: what each of ``world`` ranks saved, run once for each world. What failed once is not run again: every test that asks says why."""
+    failed: dict[int, BaseException] = {}
 
     @functools.cache
     def found(world: int) -> list[dict[str, Any]]:
+        if world in failed:
+            raise failed[world]
         here = folder / str(world)
         here.mkdir()
-        spawn(script, function, world, here)
+        try:
+            spawn(script, function, world, here)
+        except BaseException as error:
+            failed[world] = error
+            raise
         return [torch.load(here / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
 
     return found

@@ -12,8 +12,21 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cases import OPTIONS, WORLDS, WORLDS_AND_MIXERS, cached_ranks, data, gradients, leave, mixers, model, names, start
+from cases import (
+    OPTIONS,
+    WORLDS,
+    WORLDS_AND_MIXERS,
+    all_gradients,
+    cached_ranks,
+    data,
+    leave,
+    mixers,
+    model,
+    names,
+    start,
+)
 
+from mmlong.backbone import Backbone, BackboneConfig
 from mmlong.mixers import Mamba2
 from mmlong.parallel import take_piece
 from mmlong.parallel.layers import FORMS, over_ranks
@@ -23,7 +36,7 @@ KINDS = ("full", "padded", "packed")
 
 
 SPECIAL: dict[str, dict[str, Any]] = {
-    "attention": {"heads": 4, "kv_heads": 2, "rope": False},
+    "attention": {"heads": 4, "kv_heads": 2, "positions": "none"},
     "hyena": {"order": 3, "max_length": 10},
 }
 """Shared keys; a filter that reaches some of the pieces before, twice over."""
@@ -41,7 +54,7 @@ def layered(
         loss, state = module.step(piece, None, layout)
     assert not any(part is not None for part in state)
     loss.backward()
-    found = {"loss": loss.detach(), **gradients(module)}
+    found = {"loss": loss.detach(), **all_gradients(module)}
     if world > 1:
         found = {name: value.contiguous() for name, value in found.items()}
         for value in found.values():
@@ -115,7 +128,7 @@ def test_ranks_are_one_process(found_by: Callable[[int], list[dict[str, Any]]], 
             inputs, layout = data(kind, batch)
             loss, _ = module.step(inputs, None, layout)
             loss.backward()
-            expected = {"loss": loss.detach(), **gradients(module)}
+            expected = {"loss": loss.detach(), **all_gradients(module)}
             for rank, every in enumerate(found_by(world)):
                 same(every[f"{mixer}/{kind}/{batch}"], expected, f"{kind}, batch {batch}, rank {rank}")
                 if (mixer, kind, batch) == ("mamba2", "packed", 3):
@@ -155,7 +168,7 @@ def test_one_process_is_itself() -> None:
     inputs, layout = data("packed", 3)
     loss, _ = module.step(inputs, None, layout)
     loss.backward()
-    same(layered("local", "packed", 3, 1, 0, None), {"loss": loss.detach(), **gradients(module)}, "alone")
+    same(layered("local", "packed", 3, 1, 0, None), {"loss": loss.detach(), **all_gradients(module)}, "alone")
     module = model("s4d").backbone
     with over_ranks(module, None), pytest.raises(ValueError, match="a state comes from the rank before"):
         module(torch.zeros(1, 3, 8).double(), (torch.zeros(1), None), None)
@@ -167,4 +180,13 @@ def test_refuses_what_is_run_again() -> None:
     module = model("s4d").backbone
     module.grad_checkpointing = True
     with pytest.raises(ValueError, match="would ask their neighbours again"), over_ranks(module, None):
+        pass
+
+
+def test_parts_with_a_state_of_their_own_are_refused() -> None:
+    made = Backbone(BackboneConfig(dim=8, parts=["mamba2", {"pool": 2, "parts": ["mamba2"]}]))
+    with pytest.raises(ValueError, match="Level carries a state of its own past its mixers"), over_ranks(made, None):
+        pass
+    made = Backbone(BackboneConfig(dim=8, parts=["mamba2", {"retro": 4}]))
+    with pytest.raises(ValueError, match="Retro carries a state of its own past its mixers"), over_ranks(made, None):
         pass
