@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmlong.heads.contract import Head, create_head, register_head
 from mmlong.layout import Layout
 
-ORDERED = ("last",)  # pools that read one end of the row, which is the other end of the other strand
+ORDERED = ("first", "last")  # pools that read one end of the row, which is the other end of the other strand
 
 
 @register_head("both_strands")

@@ -2,6 +2,7 @@
 
 - ``mean``, ``max``: over all of them.
 - ``last``: the last one, which in a causal model has seen all the others.
+- ``first``: the first one, which in a model of both directions has seen all the others; in a causal one, nothing. For sequences that begin with what decides (a ListOps expression's outermost operator).
 - ``pma``: Set Transformer's pooling by multi-head attention (Lee et al. 2019, arXiv 1810.00825): ``k`` learned seeds ``S`` read the positions ``Z``, and each other if there are several, and stand side by side, ``(B, k D)``. What the
   paper calls ``SAB(PMA_k(Z))``, with ``MAB`` as in :mod:`mmlong.mixers.set_transformer` and ``rFF`` a layer and a ReLU; its decoder's last layer is the head's:
 
@@ -33,14 +34,14 @@ from mmlong.mixers.set_transformer import MAB
 from mmlong.ops.cross_attention import cross_attention, from_heads, to_heads
 from mmlong.registry import nearest
 
-POOLS = ("mean", "last", "max", "attention", "pma")
+POOLS = ("mean", "first", "last", "max", "attention", "pma")
 
 
 class Pool(nn.Module):
     """One of the poolings without parameters.
 
     Args:
-        kind: ``mean``, ``last`` or ``max``.
+        kind: ``mean``, ``first``, ``last`` or ``max``.
     """
 
     def __init__(self, kind: str) -> None:
@@ -51,9 +52,16 @@ class Pool(nn.Module):
         """``(B, L, D)`` to ``(B, D)``."""
         lengths = None if layout is None else layout.lengths
         if lengths is None or layout is None:
-            return x[:, -1] if self.kind == "last" else x.mean(1) if self.kind == "mean" else x.amax(1)
-        if self.kind == "last":
-            found = x[torch.arange(x.shape[0], device=x.device), (lengths - 1).clamp_min(0)]
+            whole = {
+                "mean": lambda: x.mean(1),
+                "first": lambda: x[:, 0],
+                "last": lambda: x[:, -1],
+                "max": lambda: x.amax(1),
+            }
+            return whole[self.kind]()
+        if self.kind in ("first", "last"):
+            place = (lengths - 1).clamp_min(0) if self.kind == "last" else torch.zeros_like(lengths)
+            found = x[torch.arange(x.shape[0], device=x.device), place]
             return torch.where(lengths[:, None] > 0, found, 0)
         valid = layout.valid(x.shape[1])
         assert valid is not None

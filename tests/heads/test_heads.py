@@ -39,6 +39,15 @@ def test_pooling_of_nothing_is_zero_and_padding_may_be_anything(pool: str) -> No
     assert not gradient[2, 2:].any()
 
 
+def test_pooling_of_the_ends_takes_each_rows_own() -> None:
+    x = torch.randn(3, 6, 8)
+    layout = Layout(lengths=torch.tensor([6, 2, 1]))
+    assert torch.equal(create_pool("first", 8)(x, layout), x[:, 0])
+    assert torch.equal(create_pool("first", 8)(x), x[:, 0])
+    assert torch.equal(create_pool("last", 8)(x, layout), torch.stack([x[0, 5], x[1, 1], x[2, 0]]))
+    assert torch.equal(create_pool("last", 8)(x), x[:, -1])
+
+
 @pytest.mark.parametrize(("dim", "heads"), [(16, 8), (12, 4), (6, 2), (7, 1)])
 def test_attention_pooling_is_softmax_over_valid_positions(dim: int, heads: int) -> None:
     torch.manual_seed(0)
