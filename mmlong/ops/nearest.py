@@ -126,7 +126,7 @@ def _nearest(
                     scores.mul_(2).sub_(squares)
                 if hidden is not None:
                     scores.masked_fill_(hidden(rows, slice(a, b)).to(device), -math.inf)
-                scores, places = _top(scores, k)
+                scores, places = _better(scores, best[rows, -1:]) if a >= k else _top(scores, k)
             places = torch.where(places >= 0, places + a, -1)
             # Stable, so that what came before stands before its equals.
             joined = torch.cat([best[rows], scores], 1)
@@ -145,6 +145,18 @@ def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     found = scores.gather(1, places.clamp_min(0)).masked_fill(places < 0, -math.inf)
     found, order = found.sort(dim=1, descending=True, stable=True)
     return found, places.gather(1, order)
+
+
+def _better(scores: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+    """Those above the least ``(Q, 1)`` that would still be kept, in the order of their places; -1 behind them. After the first tiles few are, and to find them is one look at each."""
+    row, place = (scores > least).nonzero(as_tuple=True)
+    counts = torch.bincount(row, minlength=len(scores))
+    slot = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    width = int(counts.max()) if len(row) else 0
+    found = scores.new_full((len(scores), width), -math.inf)
+    places = torch.full_like(found, -1, dtype=torch.int64)
+    found[row, slot], places[row, slot] = scores[row, place], place
+    return found, places
 
 
 def _by_faiss(q: Tensor, block: Tensor, k: int, metric: Metric) -> tuple[Tensor, Tensor]:
