@@ -8,6 +8,7 @@ global batch, batch size x ranks, is the same.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
-from .errors import ON_BAD, DataError
+from .errors import ON_BAD, AlreadyPackedError, DataError
 from .loader import EvaluationLoader, Position, Samples, TrainLoader
 from .order import WINDOW, epoch_order, steps_per_epoch
 from .packed import PackedDataset
@@ -145,7 +146,11 @@ class PackedDataModule(pl.LightningDataModule):
         from .progress import packing
 
         print(f"{self.dataset_name}: {self.known.source}\n  licence: {self.known.licence}")
-        with packing(f"packing {self.dataset_name} into {self.folder}") as progress:
+        # Of two runs that begin at once, one waits until the other has packed, and finds the data there.
+        with (
+            packing(f"packing {self.dataset_name} into {self.folder}") as progress,
+            contextlib.suppress(AlreadyPackedError),
+        ):
             self.pack(progress)
         self._dataset = None
 

@@ -46,6 +46,10 @@ class PackError(DataError):
     """Packing could not finish. Nothing that looks like a whole dataset was left behind."""
 
 
+class AlreadyPackedError(PackError):
+    """There is a whole dataset where one was to be made."""
+
+
 class Skipped:
     """What becomes of the faults met while packing: the first is raised, or each is named in the log and counted.
 

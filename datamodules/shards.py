@@ -38,7 +38,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import BadShardError, PackError
+from .errors import AlreadyPackedError, BadShardError, PackError
 
 FORMAT = 1
 MANIFEST = "dataset.json"
@@ -241,7 +241,9 @@ class DatasetWriter:
             if not (self.out / MANIFEST).exists():
                 raise PackError(self.out, "is a folder with something else in it; give a new or empty one")
             if not self.overwrite:
-                raise PackError(self.out, "already holds a packed dataset; remove it, or pack with --overwrite")
+                raise AlreadyPackedError(
+                    self.out, "already holds a packed dataset; remove it, or pack with --overwrite"
+                )
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

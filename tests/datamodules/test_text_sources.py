@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mmlong.datamodules import bible, news, sources, stdlib
@@ -15,6 +16,7 @@ from mmlong.datamodules.known import find_source, known_names, known_sequences
 from mmlong.datamodules.pack_sequences import pack_sequences
 from mmlong.datamodules.packed import PackedDataset
 from mmlong.datamodules.splits import split_items
+from mmlong.datamodules.text import TextDataModule
 
 from mmlong.cli.pack import run_pack
 
@@ -281,3 +283,17 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         with pytest.raises(SystemExit):
             run_pack(wrong)
         assert message in capsys.readouterr().err
+
+
+@INSTALLED
+def test_of_two_runs_that_begin_at_once_one_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (TextDataModule("bible", root=str(tmp_path)) for _ in range(2))
+    pack = second.pack
+
+    def pack_late(progress: Any) -> None:
+        first.prepare_data()  # between the second's look and its turn
+        pack(progress)
+
+    monkeypatch.setattr(second, "pack", pack_late)
+    second.prepare_data()
+    assert len(second.dataset.splits) == len(first.dataset.splits) > 1
