@@ -62,21 +62,24 @@ def step_seconds(recipe: str, options: dict[str, Any]) -> tuple[float, int]:
 
 
 def train(subject: Subject, form: str, minutes: float, seed: int, run: Path) -> dict[str, Any]:
-    """Measure a step, train as many as the minutes hold, test; what came of it."""
+    """Measure a step, train as many as the minutes hold, test; what came of it. A run that is finished is not trained again."""
     options = {**subject.shared, **subject.forms[form]}
     seconds, parameters = step_seconds(subject.recipe, options)
     steps = max(1, int(60 * minutes / seconds))
     options |= {"trainer.max_steps": steps, "trainer.val_check_interval": steps, "seed_everything": seed}
     command = ["fit", "-c", subject.recipe, *given(options)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(
-        [sys.executable, "-m", "mmlong", *command, f"--run_dir={run}"],
-        check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=sys.stderr,
-    )  # fmt: skip
+    if not (run / "summary.json").is_file():
+        subprocess.run(
+            [sys.executable, "-m", "mmlong", *command, f"--run_dir={run}"],
+            check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=sys.stderr,
+        )  # fmt: skip
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     summary = json.loads((run / "summary.json").read_text())
+    steps = summary["steps"]
     model = load_model(run)
-    generated = measure(model.eval(), PAST, DRAWN)[0] if isinstance(model, AutoregressiveModel) else None
+    codes = isinstance(model, AutoregressiveModel) and model.modality.codes == 256
+    generated = measure(model.eval(), PAST, DRAWN)[0] if codes else None
     return {
         "form": form, "parameters": parameters, "steps": steps, "step_seconds": round(seconds, 3), "minutes": minutes, "seed": seed,
         "cpu_minutes": round((after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 60, 1),

@@ -35,7 +35,7 @@ def test_the_command_trains_what_the_minutes_hold_and_goes_on(tmp_path: Path, mo
         ran.append(words)
         folder = Path(words[-1].removeprefix("--run_dir="))
         folder.mkdir(parents=True)
-        (folder / "summary.json").write_text(json.dumps({"train_seconds": 100, "test/accuracy": 0.75}))
+        (folder / "summary.json").write_text(json.dumps({"train_seconds": 100, "steps": 240, "test/accuracy": 0.75}))
 
     monkeypatch.setattr(hierarchy, "step_seconds", lambda recipe, options: (0.5, 1234))
     monkeypatch.setattr(hierarchy, "load_model", lambda run: hierarchy.torch.nn.Identity())

@@ -234,6 +234,10 @@ CHAOTIC = {
 """What cannot be asked of 65,536 tokens, as the mechanism's file says."""
 
 
+COMPOSED = {"vmamba": "four of mamba's scans, which are asked themselves"}
+"""Mixers that are others several times over."""
+
+
 def strong(name: str) -> Callable[[nn.Module], None] | None:
     """What sets the decays of a mixer."""
     setting = SET.get(name)
@@ -252,7 +256,7 @@ def at_length(name: str) -> bool:
     kind = MIXERS[name]
     # Attention over what a pattern or a selection lists has neither decays nor chunks that states join: as exact at any length.
     listed = issubclass(kind, DocumentMixer) and name not in SET
-    return kind.traits.cost != "n^2" and name not in SEQUENTIAL and not listed
+    return kind.traits.cost != "n^2" and name not in {*SEQUENTIAL, *COMPOSED} and not listed
 
 
 def forms() -> list[Any]:
