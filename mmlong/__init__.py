@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mmlong.layout import Layout
     from mmlong.mixers import create_mixer, list_mixers, register_mixer
-    from mmlong.models import Model, create_model, list_models, load_model, register_model, save_model
+    from mmlong.models import Model, create_model, list_models, load, load_model, register_model, save_model
 
 _HOME = {
     "Layout": "mmlong.layout",
@@ -22,6 +22,7 @@ _HOME = {
     "create_model": "mmlong.models",
     "list_mixers": "mmlong.mixers",
     "list_models": "mmlong.models",
+    "load": "mmlong.models",
     "load_model": "mmlong.models",
     "register_mixer": "mmlong.mixers",
     "register_model": "mmlong.models",
@@ -35,6 +36,7 @@ __all__ = [
     "create_model",
     "list_mixers",
     "list_models",
+    "load",
     "load_model",
     "register_mixer",
     "register_model",

@@ -21,6 +21,7 @@ train and use (recipes by name or file; several -c are merged, the later wins; a
   score      mmlong score text/stdlib_ar FILE                     bits a byte of a file of any length
   knn        mmlong knn build text/stdlib_ar --out STORE          what followed the nearest contexts (kNN-LM); also evaluate, neighbours
   export     mmlong export image/cells256                         programs that run without mmlong (torch, AOTInductor, ONNX)
+  save       mmlong save image/cells256 FOLDER                    weights and a model card, to keep or give away
   recipes    list the packaged recipes
 
 data
@@ -46,6 +47,7 @@ COMMANDS = (
     "score",
     "knn",
     "export",
+    "save",
     "recipes",
     "pack",
     "bench",
@@ -73,6 +75,10 @@ def _dispatch(command: str, rest: list[str]) -> int:
         from mmlong.cli.export import run_export
 
         return run_export(rest)
+    if command == "save":
+        from mmlong.cli.save import run_save
+
+        return run_save(rest)
     if command == "pack":
         from mmlong.cli.pack import run_pack
 

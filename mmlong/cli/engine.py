@@ -21,9 +21,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from mmlong.cli.errors import CommandError
 from mmlong.cli.predictions import PredictionWriter
-from mmlong.cli.runs import BEST, CHECKPOINTS, CONFIG, Resumed, command_line, new_run, resolve_checkpoint, write_json
+from mmlong.cli.runs import BEST, Resumed, command_line, new_run, resolve_checkpoint, write_json
 from mmlong.datamodules.errors import DataError
+from mmlong.measure import machine
 from mmlong.models import save_model
+from mmlong.runs import CHECKPOINTS, CONFIG
 from mmlong.tasks import ArchitectureMismatchError, Task
 from mmlong.training.checkpoints import AtomicCheckpointIO, CheckpointWriteError, newest_whole, read_checkpoint, step_of
 from mmlong.training.finite import NonFiniteError, StopOnNaN
@@ -51,6 +53,13 @@ TOLD = (DataError, ArchitectureMismatchError, CheckpointWriteError)
 def describe_data(data: Any) -> dict[str, Any]:
     """What a datamodule fixes for the model: ``modality`` options, ``num_classes`` and ``class_names``."""
     return dict(data.info()) if hasattr(data, "info") else {"modality": {}}
+
+
+def data_told(data: Any) -> dict[str, Any]:
+    """What a datamodule says of where its data come from, for the run's summary; an own one may say nothing."""
+    told = {"name": "dataset_name", "source": "source", "licence": "licence", "classes": "class_names"}
+    found = {key: getattr(data, name, None) for key, name in told.items()}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items() if value}
 
 
 class _CLI(LightningCLI):
@@ -322,6 +331,9 @@ class Engine:
             "ranks": trainer.world_size,
             "threads": torch.get_num_threads(),
             "skipped_samples": sum(getattr(self.cli.datamodule, "skipped", {}).values()),
+            "data": data_told(self.cli.datamodule),
+            "machine": machine.hardware(trainer.strategy.root_device.type),
+            "commit": machine.commit(),
             "versions": {
                 "python": platform.python_version(),
                 **{name: version(name) for name in ("mmlong", "torch", "lightning")},

@@ -94,7 +94,7 @@ def _bounds(option: str, given: str | None, default: Any) -> Any:
 
 def _class_names(folder: Path) -> list[str]:
     """Names of the classes by what the run's configuration says of its data; none, with a word why, where that cannot be known any more."""
-    from mmlong.cli.runs import CONFIG
+    from mmlong.runs import CONFIG
 
     if not (folder / CONFIG).is_file():
         return []

@@ -105,7 +105,7 @@ def _recipe(name: str, overrides: list[str]) -> tuple[Any, Any]:
 
 def _data(folder: Path, overrides: list[str]) -> Any:
     """The datamodule that a run was trained on, its data there."""
-    from mmlong.cli.runs import CONFIG
+    from mmlong.runs import CONFIG
 
     if not (folder / CONFIG).is_file():
         raise CommandError(
@@ -205,9 +205,9 @@ def _neighbours(argv: list[str]) -> int:
     parser.add_argument("--dim", type=int, default=256, help="buckets that n-grams are hashed into (default 256)")
     parser.add_argument("--ngram", type=int, default=4, metavar="N", help="tokens of a gram (default 4)")
     args, overrides = _parse(parser, argv)
-    from mmlong.cli.runs import CONFIG
     from mmlong.knn.documents import Documents, held_out
     from mmlong.retrieval.neighbours import build_neighbours
+    from mmlong.runs import CONFIG
 
     folder = Path(args.run)
     data, task = _recipe(str(folder / CONFIG) if folder.is_dir() else args.run, overrides)

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mmlong.cli.errors import CommandError
+from mmlong.runs import CHECKPOINTS, is_run, model_folder, runs_of
 
-CHECKPOINTS = "checkpoints"
 BEST = "best.ckpt"
-CONFIG = "config.yaml"
 _ENV = "MMLONG_RUN_DIR"
 
 
@@ -24,20 +23,6 @@ class Resumed:
 
     checkpoint: Path
     run: Path | None
-
-
-def is_run(folder: Path) -> bool:
-    """Whether this is a run folder."""
-    return (folder / CONFIG).is_file() and (folder / CHECKPOINTS).is_dir()
-
-
-def runs_of(recipe: str, root: Path) -> list[Path]:
-    """The recipe's run folders that hold a checkpoint, newest first."""
-    folder = root / recipe
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if is_run(path) and any((path / CHECKPOINTS).glob("*.ckpt"))]
-    return sorted(found, key=lambda path: path.name, reverse=True)
 
 
 def run_of(checkpoint: Path) -> Path | None:
@@ -54,20 +39,17 @@ def saved_model(what: str, root: Path) -> tuple[Any, Path]:
     """
     from mmlong.models import load_model
 
-    folder = Path(what)
-    if not folder.is_dir():
-        found = [run for run in runs_of(what, root) if (run / "model.safetensors").is_file()]
-        if not found:
-            raise CommandError(
-                f"{what}: no such folder, and no finished run of a recipe of this name under {root}/; train one with `mmlong fit -c {what}`"
-            )
-        folder = found[0]
+    folder = model_folder(what, root)
+    if folder is None:
+        raise CommandError(
+            f"{what}: no such folder, and no finished run of a recipe of this name under {root}/; train one with `mmlong fit -c {what}`"
+        )
     try:
         return load_model(folder).eval(), folder
     except FileNotFoundError as error:
-        raise CommandError(f"{error}. A run has it when its training is over", status=1) from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise CommandError(str(error.args[0]) if error.args else str(error), status=1) from error
+        raise CommandError(str(error), status=1) from error
+    except ValueError as error:
+        raise CommandError(str(error), status=1) from error
 
 
 def saved_autoregressive(what: str, root: Path) -> tuple[Any, Path]:

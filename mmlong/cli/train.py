@@ -11,8 +11,9 @@ from typing import Any
 
 from mmlong.cli.errors import CommandError
 from mmlong.cli.recipes import load_recipes, main_recipes, packaged
-from mmlong.cli.runs import CONFIG, resolve_run
+from mmlong.cli.runs import resolve_run
 from mmlong.registry import nearest
+from mmlong.runs import CONFIG
 
 USAGE = """\
 usage: mmlong {command} -c RECIPE [-c RECIPE ...] [--KEY VALUE ...]

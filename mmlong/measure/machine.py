@@ -105,6 +105,16 @@ def commit() -> str | None:
     return found + ("+" if changed else "")
 
 
+def hardware(device: str) -> dict[str, Any]:
+    """Which machine: plain values for a report."""
+    return {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+    }
+
+
 def describe(device: str, threads: int) -> dict[str, Any]:
     """Which machine and software: plain values for a report."""
     versions = {}
@@ -114,13 +124,10 @@ def describe(device: str, threads: int) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "system": platform.platform(),
+        **hardware(device),
         "python": platform.python_version(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
         "threads": threads or torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "versions": versions,
         "commit": commit(),

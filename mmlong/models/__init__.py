@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from mmlong.models.autoregressive import AutoregressiveModel
+from mmlong.models.card import model_card
+from mmlong.models.hub import load, push_to_hub, save_pretrained
 from mmlong.models.masked import MaskedModel
 from mmlong.models.model import KINDS, Config, Model, build_model, register_kind
 from mmlong.models.named import MODELS, create_model, list_models, register_model
@@ -18,8 +20,12 @@ __all__ = [
     "build_model",
     "create_model",
     "list_models",
+    "load",
     "load_model",
+    "model_card",
+    "push_to_hub",
     "register_kind",
     "register_model",
     "save_model",
+    "save_pretrained",
 ]

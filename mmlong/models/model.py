@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -114,6 +115,20 @@ class Model(nn.Module):
         """Tokens to the head's prediction, and the state."""
         x, state = self.forward_features(tokens, state, layout)
         return self.forward_head(x, self.backbone.layout_out(layout, tokens.shape[1])), state
+
+    # Saving; see mmlong.models.hub
+
+    def save_pretrained(self, folder: str | Path, run: str | Path | None = None, license: str | None = None) -> None:
+        """See :func:`mmlong.models.hub.save_pretrained`."""
+        from mmlong.models.hub import save_pretrained
+
+        save_pretrained(self, folder, run, license)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """See :func:`mmlong.models.hub.push_to_hub`."""
+        from mmlong.models.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
 
     # timm's verbs
 

@@ -17,13 +17,13 @@ from mmlong.backbone import BackboneConfig
 from mmlong.layout import Layout
 from mmlong.mixers.own_loss import mean_own_loss, own_losses
 from mmlong.models import Model, build_model
+from mmlong.models.saving import first_lines
 from mmlong.training.optim import OptimConfig, build_optimizer
 from mmlong.training.transfer import (
     CHECKPOINT_CONFIG,
     FREE,
     ArchitectureMismatchError,
     differences,
-    first_lines,
     load_backbone,
     with_defaults,
 )

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmlong.backbone import Backbone, BackboneConfig
+from mmlong.models.saving import first_lines
 from mmlong.training.checkpoints import newest_whole, read_checkpoint
 
 BACKBONE = "backbone.safetensors"
@@ -47,11 +48,6 @@ def differences(there: dict[str, Any], here: dict[str, Any], free: tuple[str, ..
         for key in sorted(there.keys() | here.keys())
         if there.get(key) != here.get(key) and key not in free
     ]
-
-
-def first_lines(lines: list[str], count: int = 5) -> str:
-    """Up to ``count`` lines of an error, indented."""
-    return "\n  ".join(lines[:count]) + ("\n  ..." if len(lines) > count else "")
 
 
 def save_backbone(backbone: Backbone, path: str | Path) -> None:
