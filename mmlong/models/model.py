@@ -20,6 +20,7 @@ from mmlong.heads import HEADS, Head, create_head
 from mmlong.layout import Layout
 from mmlong.mixers import State
 from mmlong.modalities import MODALITIES, Modality, create_modality
+from mmlong.models.intermediates import forward_intermediates
 from mmlong.registry import Registry, check_options, nearest
 
 Config = dict[str, Any]
@@ -102,6 +103,10 @@ class Model(nn.Module):
     ) -> tuple[Tensor, State]:
         """Tokens ``(B, L, ...)`` to features ``(B, L', num_features)`` after the final norm, unpooled, and the state."""
         return self.backbone(self.modality.embed(tokens, layout), state, self.told(tokens, layout))
+
+    def forward_intermediates(self, tokens: Tensor, layout: Layout | None = None, **options: Any) -> Any:
+        """What parts of the backbone give; see :func:`mmlong.models.intermediates.forward_intermediates`."""
+        return forward_intermediates(self, tokens, layout, **options)
 
     def told(self, codes: Tensor | None, layout: Layout | None) -> Layout | None:
         """What the backbone is told of the positions: the layout, with the codes that they are made of where it reads them."""
