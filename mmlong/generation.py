@@ -23,11 +23,12 @@ PIECE = 4096
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Any:
+def evaluating(model: torch.nn.Module, without: Callable[[], Any] = torch.inference_mode) -> Any:
+    """Evaluation mode, without gradients; afterwards the mode it was in. ``torch.no_grad`` for what a graph may be built on later."""
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with without():
             yield
     finally:
         model.train(training)
@@ -81,7 +82,7 @@ def generate(
     if whole is not None and total > whole:
         raise ValueError(f"a sample of this modality has {whole} tokens; {total} were asked for, the prompt included")
     sampling = sampling or Sampling()
-    with _evaluating(model):
+    with evaluating(model):
         state = model.begin(batch) if prompt is None else read(model, prompt, piece=piece)
         tokens: list[Tensor] = [] if prompt is None else [prompt]
         for _ in range(length):
@@ -106,7 +107,7 @@ def score(model: AutoregressiveModel, pieces: Iterable[Tensor], state: State = N
         ``(bits, numbers)``: bits in all, and numbers of raw data; their ratio is bits per number.
     """
     nats, numbers = 0.0, 0
-    with _evaluating(model):
+    with evaluating(model):
         for tokens in pieces:
             prediction, state = model(tokens, state, Layout())
             loss, count = model.head.loss(prediction, tokens)

@@ -22,6 +22,7 @@ train and use (recipes by name or file; several -c are merged, the later wins; a
   knn        mmlong knn build text/stdlib_ar --out STORE          what followed the nearest contexts (kNN-LM); also evaluate, neighbours
   export     mmlong export image/cells256                         programs that run without mmlong (torch, AOTInductor, ONNX)
   save       mmlong save image/cells256 FOLDER                    weights and a model card, to keep or give away
+  embed      mmlong embed RUN FILES... --out features.npz         what the head pools of each file; --tokens: of each token
   recipes    list the packaged recipes
 
 data
@@ -48,6 +49,7 @@ COMMANDS = (
     "knn",
     "export",
     "save",
+    "embed",
     "recipes",
     "pack",
     "bench",
@@ -79,6 +81,10 @@ def _dispatch(command: str, rest: list[str]) -> int:
         from mmlong.cli.save import run_save
 
         return run_save(rest)
+    if command == "embed":
+        from mmlong.cli.embed import run_embed
+
+        return run_embed(rest)
     if command == "pack":
         from mmlong.cli.pack import run_pack
 
