@@ -96,4 +96,4 @@ def embed_tokens(model: Model, pieces: Iterable[Tensor], segment: int = PIECE) -
         model, pieces, segment: see :func:`features`.
     """
     x, layout = features(model, pieces, segment)
-    return x[0] if layout is None or layout.grid is None else on_grid(x, layout.grid, layout.order)[0]
+    return x[0] if layout is None or layout.grid is None else on_grid(x, layout)[0]

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from mmlong.backbone.reverse_complement import join_strands
-from mmlong.layout import Layout, scan_order
+from mmlong.layout import Layout
+from mmlong.ops.raster import raster_of
 
 if TYPE_CHECKING:
     from mmlong.models.model import Model
@@ -51,12 +51,10 @@ def take_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
     return sorted({i % count for i in indices})
 
 
-def on_grid(x: Tensor, grid: tuple[int, ...], order: str) -> Tensor:
-    """Tokens ``(B, L, D)``, unrolled from a grid in a scan order, as ``(B, *grid, D)``."""
-    index = scan_order(grid, order).to(x.device)
-    flat = torch.empty_like(x)
-    flat[:, index] = x
-    return flat.unflatten(1, grid)
+def on_grid(x: Tensor, layout: Layout) -> Tensor:
+    """Tokens ``(B, L, D)`` of a grid, in whatever scan order, as ``(B, *grid, D)``."""
+    assert layout.grid is not None
+    return raster_of(layout, x.shape[1], len(layout.grid), "on_grid").lay(x).unflatten(1, layout.grid)
 
 
 def forward_intermediates(
@@ -147,5 +145,5 @@ def _given(model: Model, index: int, x: Tensor, layout: Layout | None, norm: boo
                 f"NCHW is of one grid of two axes, and what part {index} of the backbone gives is {tokens}: take output_fmt NLC"
                 + (", or give the layout that model.encode made" if layout is None else "")
             )
-        x = on_grid(x, layout.grid, layout.order).permute(0, 3, 1, 2).contiguous()
+        x = on_grid(x, layout).permute(0, 3, 1, 2).contiguous()
     return Intermediate(x, layout)
