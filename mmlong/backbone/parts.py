@@ -22,6 +22,8 @@ How each part is written::
     {mixture_of_depths: 0.125, parts: [...]}           for an eighth of the tokens (:mod:`mmlong.backbone.mixture_of_depths`)
     {feedback: 4, window: 512, heads: 4}               four layers that read one memory of all of them (:mod:`mmlong.backbone.feedback`)
     {ttm: 16, size: 64, read: 8, parts: [...]}         a memory of 16 tokens, read and written once a chunk of 64 (:mod:`mmlong.backbone.token_turing`)
+    {timm: resnet10t, stage: 2}                        the feature map of a network of timm over the picture (:mod:`mmlong.backbone.timm_map`)
+    {transformers: mamba, layers: 2}                   a network of the package transformers (:mod:`mmlong.backbone.transformers_stack`)
 
 Published hierarchies are such lists with a name (:mod:`mmlong.backbone.forms`). What is not a block is registered by its key (:mod:`mmlong.backbone.part`), other people's parts too.
 """
@@ -47,8 +49,10 @@ from mmlong.backbone import (  # noqa: F401  (each registers what it has)
     recurrent_memory,
     retro,
     spacebyte,
+    timm_map,
     token_learner,
     token_turing,
+    transformers_stack,
     universal,
 )
 from mmlong.backbone.hierarchy import Parts

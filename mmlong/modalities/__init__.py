@@ -9,6 +9,7 @@ from mmlong.modalities.image import ImageModality
 from mmlong.modalities.image_bytes import ImageBytesModality
 from mmlong.modalities.image_palette import ImagePaletteModality, fit_palette
 from mmlong.modalities.text import TextModality
+from mmlong.modalities.timm_patches import TimmPatchesModality
 
 __all__ = [
     "MODALITIES",
@@ -20,6 +21,7 @@ __all__ = [
     "Modality",
     "MuLawModality",
     "TextModality",
+    "TimmPatchesModality",
     "create_modality",
     "fit_palette",
     "register_modality",

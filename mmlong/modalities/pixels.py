@@ -84,6 +84,15 @@ class PixelModality(Modality):
         """uint8 ``(B, C, H, W)`` to uint8 pixels ``(B, H * W, C)`` in scan order.
 
         Raises:
+            TypeError, ValueError: see :meth:`check_image`.
+        """
+        self.check_image(raw, lengths, resets)
+        return raw.flatten(2)[:, :, self.order_index].transpose(1, 2)
+
+    def check_image(self, raw: Tensor, lengths: Tensor | None, resets: Tensor | None) -> None:
+        """Refuse what is no batch of this model's images.
+
+        Raises:
             TypeError: not uint8.
             ValueError: another shape than ``(B, channels, *size)``, or lengths or resets: an image is whole.
         """
@@ -94,7 +103,6 @@ class PixelModality(Modality):
         if raw.ndim != 4 or tuple(raw.shape[1:]) != self.image:
             wanted = ", ".join(str(n) for n in self.image)
             raise ValueError(f"this model reads images (B, {wanted}), got {tuple(raw.shape)}")
-        return raw.flatten(2)[:, :, self.order_index].transpose(1, 2)
 
     def roll(self, pixels: Tensor) -> Tensor:
         """The inverse of :meth:`unroll`: ``(B, H * W, C)`` to ``(B, C, H, W)``.
