@@ -68,8 +68,9 @@ class PixelModel(nn.Module):
                 merge: Any = backbone.merges[s - 1]
                 layout, length = merge.layout_out(layout, length), -(-length // merge.k)
             reduction = self.modality.size[0] // layout.grid[0] if layout.grid is not None else 1
-            for i, block in enumerate(stage):  # type: ignore[arg-type]
-                width = block.norm1.normalized_shape[0]
+            for i, block in enumerate(stage.children()):
+                norm: Any = block.norm1
+                width = norm.normalized_shape[0]
                 info.append({"num_chs": width, "reduction": reduction, "module": f"model.backbone.stages.{s}.{i}"})
         return info
 

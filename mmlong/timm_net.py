@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm
-from torch import nn
-
 from mmlong.registry import nearest
 
 
-def create_timm(model: str, **options: Any) -> nn.Module:
-    """timm's network of this name.
+def create_timm(model: str, **options: Any) -> Any:
+    """timm's network of this name, an ``nn.Module``.
 
     Args:
         model: e.g. ``resnet10t``, with a tag where its weights have one.
@@ -20,7 +17,8 @@ def create_timm(model: str, **options: Any) -> nn.Module:
     Raises:
         ValueError: there is none; the message names the nearest.
     """
+    import timm  # all of its models, so only where one is made
+
     if not timm.is_model(model.partition(".")[0]):
         raise ValueError(f"timm has no model {model!r}{nearest(model, timm.list_models())}")
-    made: nn.Module = timm.create_model(model, **options)
-    return made
+    return timm.create_model(model, **options)

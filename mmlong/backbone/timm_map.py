@@ -46,11 +46,12 @@ class TimmMap(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.dim = model, dim
-        self.net: Any = create_timm(
+        net = create_timm(
             model, pretrained=pretrained, features_only=True, out_indices=(stage,), in_chans=dim, **(options or {})
         )
-        self.last = "NHWC" in str(getattr(self.net, "output_fmt", "NCHW"))
-        self.lift = nn.Linear(self.net.feature_info.channels()[-1], dim)
+        self.net = net
+        self.last = "NHWC" in str(getattr(net, "output_fmt", "NCHW"))
+        self.lift = nn.Linear(net.feature_info.channels()[-1], dim)
         nn.init.zeros_(self.lift.weight)
         nn.init.zeros_(self.lift.bias)
 

@@ -59,8 +59,9 @@ class TimmPatchesModality(PixelModality):
         super().__init__(dim, [n // patch for n in size], channels * patch**2, order, bands)
         self.image = (channels, int(size[0]), int(size[1]))
         self.channels, self.patch = channels * patch**2, patch
-        self.net: Any = create_timm(model, pretrained=pretrained, num_classes=0, in_chans=channels, **(options or {}))
-        self.project = nn.Linear(self.net.head_hidden_size, dim)
+        net = create_timm(model, pretrained=pretrained, num_classes=0, in_chans=channels, **(options or {}))
+        self.net = net
+        self.project = nn.Linear(int(net.head_hidden_size), dim)
 
     def encode(self, raw: Tensor, lengths: Tensor | None = None, resets: Tensor | None = None) -> tuple[Tensor, Layout]:
         """uint8 ``(B, C, H, W)`` to float ``(B, H W / P^2, C P^2)`` in [-1, 1], and the grid of patches.
