@@ -44,7 +44,7 @@ def model_card(model: Model, run: str | Path | None = None, license: str | None 
     title = str(summary.get("recipe") or config.get("recipe") or "A model of mmlong")
     parts = [_head(model, license), f"# {title}", _what(model), _use(model)]
     if run is not None:
-        parts += [_training(summary, config), _data(summary, config), _results(summary), _machine(summary)]
+        parts += [_training(summary, config), _data(summary, config), _results(summary, config), _machine(summary)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -174,12 +174,14 @@ def _data(summary: dict[str, Any], config: dict[str, Any]) -> str:
     return "\n".join(["## Data\n", *lines])
 
 
-def _results(summary: dict[str, Any]) -> str:
+def _results(summary: dict[str, Any], config: dict[str, Any]) -> str:
     measured = {key: value for key, value in summary.items() if key.startswith("test/")}
     if not measured:
         return "## Results\n\nNot tested, or the run did not keep what came out."
     rows = [f"| {key.removeprefix('test/')} | {value} |" for key, value in measured.items()]
-    return "\n".join(["## Results\n", "On the test split:\n", "| metric | value |", "|---|---|", *rows])
+    limit = (config.get("trainer") or {}).get("limit_test_batches")
+    part = f", of which `limit_test_batches` {limit} were read" if limit not in (None, 1.0) else ""
+    return "\n".join(["## Results\n", f"On the test split{part}:\n", "| metric | value |", "|---|---|", *rows])
 
 
 def _machine(summary: dict[str, Any]) -> str:

@@ -94,6 +94,14 @@ def test_what_a_run_did_not_write_down_is_not_invented(model: Model, tmp_path: P
     assert "## Data" not in alone
 
 
+def test_a_test_of_some_batches_says_so(model: Model, tmp_path: Path) -> None:
+    assert "On the test split:" in model_card(
+        model, run_of(tmp_path, SUMMARY, {"trainer": {"limit_test_batches": 1.0}})
+    )
+    card = model_card(model, run_of(tmp_path, SUMMARY, {"trainer": {"limit_test_batches": 4}}))
+    assert "On the test split, of which `limit_test_batches` 4 were read:" in card
+
+
 def test_the_data_s_name_of_an_old_run_is_its_folder_s(model: Model, tmp_path: Path) -> None:
     assert "- dataset: cells\n- from: unknown" in model_card(model, run_of(tmp_path, {"recipe": "image/old"}))
 
