@@ -1,7 +1,8 @@
-"""A block: pre-norm mixer and feed-forward, each on a residual branch, with the mixer's own signature.
+"""A block: mixer and feed-forward, each on a residual branch, with the mixer's own signature.
 
 ``x = x + mixer(norm(x))`` then ``x = x + ffn(norm(x))`` (pre-norm Transformer, Xiong et al. 2020), each branch optionally scaled per
-channel (LayerScale, Touvron et al. 2021) and dropped per sample in training (stochastic depth, Huang et al. 2016).
+channel (LayerScale, Touvron et al. 2021) and dropped per sample in training (stochastic depth, Huang et al. 2016). With ``norm_after`` it is the first
+Transformer's and BERT's: ``x = norm(x + mixer(x))``, ``x = norm(x + ffn(x))``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from mmlong.backbone import product_key_memory  # noqa: F401  (registers a feed-
 from mmlong.backbone.colt5 import CoLT5
 from mmlong.backbone.experts import Experts
 from mmlong.backbone.feedforward import create_ffn
+from mmlong.backbone.norms import create_norm
 from mmlong.layout import Layout
 from mmlong.mixers import Mixer, State
 
@@ -34,7 +36,9 @@ class Block(nn.Module):
         dropout: after each branch.
         drop_path: chance that a sample skips a branch in training.
         layer_scale: initial scale of each branch, or ``None`` for no scaling.
-        norm_eps: of the layer norms.
+        norm_eps: of the norms.
+        norm: ``layer``, ``rms`` or ``rms_offset`` (:mod:`mmlong.backbone.norms`).
+        norm_after: norm what a branch was added to, and not what a branch reads.
     """
 
     def __init__(
@@ -47,12 +51,15 @@ class Block(nn.Module):
         drop_path: float = 0.0,
         layer_scale: float | None = None,
         norm_eps: float = 1e-5,
+        norm: str = "layer",
+        norm_after: bool = False,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm_after = norm_after
+        self.norm1 = create_norm(norm, dim, norm_eps)
         self.mixer: Any = mixer
         self.ffn = create_ffn(ffn, dim, ffn_ratio)
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps) if self.ffn is not None else None
+        self.norm2 = create_norm(norm, dim, norm_eps) if self.ffn is not None else None
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.scale1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
@@ -68,14 +75,14 @@ class Block(nn.Module):
 
     def mix(self, x: Tensor, state: State = None, layout: Layout | None = None) -> tuple[Tensor, State]:
         """The mixer's branch: what is added to ``x``, and the state."""
-        y, state = self.mixer(self.norm1(x), state, layout)
+        y, state = self.mixer(x if self.norm_after else self.norm1(x), state, layout)
         return self.drop_path(self.dropout(self.scale1(y))), state
 
     def feed(self, x: Tensor, layout: Layout | None = None) -> Tensor:
         """The feed-forward's branch, of a block that has one."""
         assert self.ffn is not None
         assert self.norm2 is not None
-        normed = self.norm2(x)
+        normed = x if self.norm_after else self.norm2(x)
         if isinstance(self.ffn, Experts):
             fed = self.ffn(normed, None if layout is None else layout.valid(x.shape[1]))
         elif isinstance(self.ffn, CoLT5):
@@ -87,9 +94,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, state: State = None, layout: Layout | None = None) -> tuple[Tensor, State]:
         """``(B, L, D)`` to ``(B, L, D)`` and the mixer's state."""
         y, state = self.mix(x, state, layout)
-        x = x + y
+        x = self.norm1(x + y) if self.norm_after else x + y
         if self.ffn is not None:
-            x = x + self.feed(x, layout)
+            assert self.norm2 is not None
+            y = self.feed(x, layout)
+            x = self.norm2(x + y) if self.norm_after else x + y
         return x, state
 
 

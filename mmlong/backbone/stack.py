@@ -19,6 +19,7 @@ from mmlong.backbone.block import Block, Merge
 from mmlong.backbone.colt5 import CoLT5
 from mmlong.backbone.directions import Direction, create_directed
 from mmlong.backbone.forms import write_form
+from mmlong.backbone.norms import create_norm
 from mmlong.backbone.parts import count_blocks, make_parts
 from mmlong.backbone.reverse_complement import join_strands, split_strands
 from mmlong.backbone.reversible import ReversibleBlock, reversible_stack
@@ -44,6 +45,11 @@ class BackboneConfig:
         dropout: after each residual branch.
         drop_path: chance of skipping a branch at the last block, rising linearly with depth.
         layer_scale: initial scale of each branch, or null for none.
+        norm: of the blocks and behind them: ``layer``, ``rms`` or ``rms_offset`` (:mod:`mmlong.backbone.norms`); levels and other parts have layer norms of their own.
+        norm_eps: of those norms.
+        norm_after: blocks norm what they have added to, as BERT's do, in place of what they read.
+        norm_in: a layer norm of the tokens before the first block, as BERT and RWKV have.
+        norm_out: a norm behind the last block.
         checkpoint: recompute each block's activations in the backward instead of keeping them.
         reversible: two streams through the blocks, whose activations are recomputed from what comes out, at any depth those of one block; another function than the plain stack's. See
             :mod:`mmlong.backbone.reversible`.
@@ -63,6 +69,11 @@ class BackboneConfig:
     dropout: float = 0.0
     drop_path: float = 0.0
     layer_scale: float | None = None
+    norm: str = "layer"
+    norm_eps: float = 1e-5
+    norm_after: bool = False
+    norm_in: bool = False
+    norm_out: bool = True
     checkpoint: bool = False
     reversible: bool = False
     reverse_complement: bool = False
@@ -119,6 +130,10 @@ class Backbone(nn.Module):
             raise ValueError(
                 "backbone.reversible keeps no activations that backbone.checkpoint could spare: set one of them"
             )
+        if config.norm_after and config.reversible:
+            raise ValueError(
+                "backbone.reversible adds a branch to the stream that it does not read, which norm_after would change: set one of them to false"
+            )
         self.config = config
         self.dim_in, self.num_features = dims[0], dims[-1]
         if config.reverse_complement:
@@ -153,7 +168,10 @@ class Backbone(nn.Module):
             directed = create_directed(mixer, dim, direction, index)
             index += 1
             kind = ReversibleBlock if config.reversible else Block
-            return kind(directed, dim, ffn, ratio, config.dropout, drop_path, config.layer_scale)
+            return kind(
+                directed, dim, ffn, ratio, config.dropout, drop_path, config.layer_scale,
+                norm_eps=config.norm_eps, norm=config.norm, norm_after=config.norm_after,
+            )  # fmt: skip
 
         for s in range(stages):
             if config.parts:
@@ -179,7 +197,8 @@ class Backbone(nn.Module):
             raise ValueError(
                 "backbone.reversible keeps no graph that a mixer's own loss could be part of: set its weight (index_loss, span_loss) to 0, or reversible to false"
             )
-        self.norm = nn.LayerNorm(dims[-1])
+        self.norm_in = nn.LayerNorm(dims[0], eps=config.norm_eps) if config.norm_in else nn.Identity()
+        self.norm = create_norm(config.norm, dims[-1], config.norm_eps) if config.norm_out else nn.Identity()
         self.grad_checkpointing = config.checkpoint
         self._init_residuals(total)
 
@@ -273,6 +292,7 @@ class Backbone(nn.Module):
         given, length_in = layout, x.shape[1]
         if self.config.reverse_complement:
             x, layout = split_strands(x, layout)
+        x = self.norm_in(x)
         parts = self.parts()
         if state is not None and len(state) != len(parts):
             raise ValueError(f"the state has {len(state)} entries, the backbone {len(parts)} blocks")

@@ -66,7 +66,7 @@ def features_of(
         features ``(l, D)`` and codes ``(l,)``.
     """
     state = None
-    device = model.start.device
+    device = model.start_vector().device
     for start in range(0, document.shape[1], segment):
         tokens = document[:, start : start + segment].to(device)
         x, state = model.forward_features(tokens, state)

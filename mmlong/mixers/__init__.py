@@ -70,6 +70,7 @@ from mmlong.mixers.rfa import RFA
 from mmlong.mixers.rnn import GRU, LSTM
 from mmlong.mixers.routing import Routing
 from mmlong.mixers.rwkv4 import RWKV4, AFTSimple
+from mmlong.mixers.rwkv4_channel import RWKV4Channel
 from mmlong.mixers.rwkv6 import RWKV6
 from mmlong.mixers.rwkv7 import RWKV7
 from mmlong.mixers.s4 import S4
@@ -179,6 +180,7 @@ __all__ = [
     "Nystromformer",
     "Performer",
     "Poolingformer",
+    "RWKV4Channel",
     "Reformer",
     "RetNet",
     "Routing",

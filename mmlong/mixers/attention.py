@@ -209,6 +209,7 @@ class SoftmaxAttention(CachedAttention):
         sink: give each head a learned score in the denominator only, 0 at first.
         gate: multiply what is read by a sigmoid of the token, channel by channel.
         bias: of the projections.
+        out_bias: of the last one; ``None`` as ``bias``.
         dropout: probability with which an attention weight is dropped in training.
         backend: of the op; see ``mmlong doctor``.
 
@@ -231,6 +232,7 @@ class SoftmaxAttention(CachedAttention):
         sink: bool = False,
         gate: bool = False,
         bias: bool = False,
+        out_bias: bool | None = None,
         dropout: float = 0.0,
         backend: str = "auto",
     ) -> None:
@@ -247,7 +249,7 @@ class SoftmaxAttention(CachedAttention):
         self.q_proj = nn.Linear(dim, self.heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(dim, self.kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(dim, self.kv_heads * self.head_dim, bias=bias)
-        self.out_proj = nn.Linear(self.heads * self.head_dim, dim, bias=bias)
+        self.out_proj = nn.Linear(self.heads * self.head_dim, dim, bias=bias if out_bias is None else out_bias)
         self.gate_proj = nn.Linear(dim, self.heads * self.head_dim, bias=bias) if gate else None
         self.sinks = nn.Parameter(torch.zeros(self.heads)) if sink else None
 
@@ -310,6 +312,7 @@ class Attention(SoftmaxAttention):
         sink: bool = False,
         gate: bool = False,
         bias: bool = False,
+        out_bias: bool | None = None,
         dropout: float = 0.0,
         backend: str = "auto",
     ) -> None:
@@ -325,6 +328,7 @@ class Attention(SoftmaxAttention):
             sink=sink,
             gate=gate,
             bias=bias,
+            out_bias=out_bias,
             dropout=dropout,
             backend=backend,
         )

@@ -16,7 +16,7 @@ RG-LRU follows De et al. 2024, "Griffin" (arXiv 2402.19427), section 2.4 and the
     out = W_out (gelu(W_g x) * h)
 
 with ``a = 0`` and the square root replaced by 1 at a document's first token, as the authors' code has it. Departures: minGRU and minLSTM keep their output projection where the inner width is
-``dim`` as well; RG-LRU's projections have no bias; the square root is a straight line below 5e-4, where its slope would have no bound (the authors clip the slope).
+``dim`` as well; RG-LRU's projections have no bias unless asked for; the square root is a straight line below 5e-4, where its slope would have no bound (the authors clip the slope).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from mmlong.layout import Layout
 from mmlong.mixers.blocks import in_blocks
 from mmlong.mixers.contract import Mixer, register_mixer
 from mmlong.mixers.state import State
+from mmlong.ops.activations import activation as activation_of
 from mmlong.ops.scan import scan
 from mmlong.ops.short_conv import short_conv
 
@@ -131,7 +132,7 @@ class MinLSTM(_MinimalCell):
 @register_mixer(
     "rg_lru",
     paper="De et al. 2024, arXiv 2402.19427",
-    note="proved against transformers' RecurrentGemma block, weights copied; no biases in its projections",
+    note="proved against transformers' RecurrentGemma block, weights copied; biases of its projections are an option",
 )
 class RGLRU(Mixer):
     """Griffin's recurrent block.
@@ -142,9 +143,11 @@ class RGLRU(Mixer):
         expand: state's width over ``dim`` (the paper's models 4/3, RecurrentGemma 1).
         blocks: diagonal blocks of the gates' matrices; ``None`` for one for every 64 channels, or a single one where that does not divide.
         d_conv: taps of the short convolution.
+        bias: of the projections in and out, as RecurrentGemma has.
+        activation: of the gate beside the recurrence (:mod:`mmlong.ops.activations`).
 
     Raises:
-        ValueError: sizes below 1, or blocks that do not divide the inner width.
+        ValueError: sizes below 1, blocks that do not divide the inner width, or an unknown activation.
     """
 
     optim_hints: ClassVar[dict[str, dict[str, float]]] = {
@@ -154,9 +157,18 @@ class RGLRU(Mixer):
     }
 
     def __init__(
-        self, dim: int, *, causal: bool = True, expand: float = 1.0, blocks: int | None = None, d_conv: int = 4
+        self,
+        dim: int,
+        *,
+        causal: bool = True,
+        expand: float = 1.0,
+        blocks: int | None = None,
+        d_conv: int = 4,
+        bias: bool = False,
+        activation: str = "gelu",
     ) -> None:
         super().__init__(dim, causal=causal)
+        self.activation = activation_of(activation)
         inner = round(expand * dim)
         if blocks is None:
             blocks = inner // 64 if inner >= 64 and inner % 64 == 0 else 1
@@ -166,13 +178,13 @@ class RGLRU(Mixer):
             )
         self.inner, self.blocks, self.d_conv = inner, blocks, d_conv
         width = inner // blocks
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=bias)
         self.conv_weight = nn.Parameter(torch.empty(inner, d_conv))
         self.conv_bias = nn.Parameter(torch.empty(inner))
         self.gate_weight = nn.Parameter(torch.empty(blocks, width, 2 * width))
         self.gate_bias = nn.Parameter(torch.empty(blocks, 2 * width))
         self.Lambda = nn.Parameter(torch.empty(inner))
-        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.out_proj = nn.Linear(inner, dim, bias=bias)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -185,6 +197,9 @@ class RGLRU(Mixer):
         ):
             nn.init.normal_(weight, std=fan_in**-0.5)
         nn.init.zeros_(self.gate_bias)
+        for projection in (self.in_proj, self.out_proj):
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
         bound = self.d_conv**-0.5
         nn.init.uniform_(self.conv_weight, -bound, bound)
         nn.init.uniform_(self.conv_bias, -bound, bound)
@@ -209,18 +224,21 @@ class RGLRU(Mixer):
             self.gate_weight,
             self.gate_bias,
             self.Lambda,
+            *([] if self.in_proj.bias is None else [self.in_proj.bias]),
         )
         y, parts = in_blocks(self._piece, x, parts, weights, layout, 4 * self.inner, self.out_proj.weight)
+        y = y if self.out_proj.bias is None else y + self.out_proj.bias.to(y.dtype)
         return y, dict(zip(("conv", "h", "begun"), parts, strict=True))
 
     def _piece(
         self, x: Tensor, state: tuple[Tensor, ...], weights: tuple[Tensor, ...], layout: Layout | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Everything before the output projection. ``begun`` is 1 in rows whose document has had a token."""
-        w_in, conv_weight, conv_bias, gate_weight, gate_bias, Lambda = weights
+        w_in, conv_weight, conv_bias, gate_weight, gate_bias, Lambda, *bias = weights
         tail, h, begun = state
         w_gate, w_u = w_in.chunk(2)
-        gate, u = F.linear(x, w_gate), F.linear(x, w_u)
+        b_gate, b_u = bias[0].chunk(2) if bias else (None, None)
+        gate, u = F.linear(x, w_gate, b_gate), F.linear(x, w_u, b_u)
         u, tail = short_conv(u, conv_weight, conv_bias, tail, layout)
         blocks = u.reshape(-1, self.blocks, u.shape[-1] // self.blocks).transpose(0, 1)
         raw = torch.baddbmm(gate_bias[:, None], blocks, gate_weight).transpose(0, 1)
@@ -235,7 +253,7 @@ class RGLRU(Mixer):
         after = 0 * begun + 1
         if layout is not None and layout.lengths is not None:
             after = torch.where(layout.lengths > 0, after, begun)
-        return (F.gelu(gate) * y).to(gate.dtype), (tail, h, after)
+        return (self.activation(gate) * y).to(gate.dtype), (tail, h, after)
 
 
 def _root(x: Tensor) -> Tensor:

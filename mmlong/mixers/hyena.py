@@ -60,6 +60,7 @@ class Hyena(Mixer):
         bands: frequencies of the positional features, of which there are ``2 bands + 1``.
         frequency: of the sines at the start.
         shift: what the window falls to.
+        endpoint: the time in the window, and of the first feature, is 1 at the last lag, ``lag / (max_length - 1)``, as in the authors' code; the waves' is ``lag / max_length`` all the same.
 
     Raises:
         ValueError: an order below 2, or a size below 1.
@@ -83,6 +84,7 @@ class Hyena(Mixer):
         bands: int = 16,
         frequency: float = 14.0,
         shift: float = 0.05,
+        endpoint: bool = False,
     ) -> None:
         super().__init__(dim, causal=causal)
         if order < 2:
@@ -94,6 +96,7 @@ class Hyena(Mixer):
         if filter_layers < 0:
             raise ValueError(f"hyena: filter_layers must be at least 0, got {filter_layers}")
         self.order, self.max_length, self.bands, self.shift = order, max_length, bands, shift
+        self.unit = max(1, max_length - 1) if endpoint else max_length
         self.in_proj = nn.Linear(dim, (order + 1) * dim)
         self.conv_weight = nn.Parameter(torch.empty((order + 1) * dim, TAPS))
         self.conv_bias = nn.Parameter(torch.empty((order + 1) * dim))
@@ -139,8 +142,14 @@ class Hyena(Mixer):
         device = weight.device
         # Rounded to bfloat16, thousands of neighbouring lags would be one.
         with torch.autocast(device.type, enabled=False):
-            t = torch.arange(start, start + lags, device=device, dtype=dtype)[:, None] / self.max_length
-            angles = 2 * math.pi * t * torch.linspace(1e-4, self.bands - 1, self.bands, device=device, dtype=dtype)
+            lag = torch.arange(start, start + lags, device=device, dtype=dtype)[:, None]
+            t = lag / self.unit
+            angles = (
+                2
+                * math.pi
+                * (lag / self.max_length)
+                * torch.linspace(1e-4, self.bands - 1, self.bands, device=device, dtype=dtype)
+            )
             h = torch.cat([t, angles.cos(), -angles.sin()], -1)
             for layer in self.filter_hidden:
                 assert isinstance(layer, nn.Linear)

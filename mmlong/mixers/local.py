@@ -52,6 +52,7 @@ class Local(SoftmaxAttention):
         sink: bool = False,
         gate: bool = False,
         bias: bool = False,
+        out_bias: bool | None = None,
         dropout: float = 0.0,
         backend: str = "auto",
     ) -> None:
@@ -68,6 +69,7 @@ class Local(SoftmaxAttention):
             sink=sink,
             gate=gate,
             bias=bias,
+            out_bias=out_bias,
             dropout=dropout,
             backend=backend,
         )

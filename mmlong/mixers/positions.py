@@ -68,16 +68,21 @@ class Rope(Positions):
 
     Args:
         base: longest wavelength over 2 pi.
+        fraction: of a head's channels that are turned, the first ones (GPT-NeoX, Gemma's Griffin).
     """
 
     placed = True
 
-    def __init__(self, dim: int, heads: int, head_dim: int, causal: bool, *, base: float = 10000.0) -> None:
+    def __init__(
+        self, dim: int, heads: int, head_dim: int, causal: bool, *, base: float = 10000.0, fraction: float = 1.0
+    ) -> None:
         super().__init__(dim, heads, head_dim, causal)
-        self.base = base
+        if not 0 < fraction <= 1:
+            raise ValueError(f"positions rope: fraction must be above 0 and at most 1, got {fraction}")
+        self.base, self.turned = base, int(head_dim * fraction)
 
     def turn(self, q: Tensor, k: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        table = rotary_table(places, self.head_dim, self.base, q.dtype)
+        table = rotary_table(places, self.turned, self.base, q.dtype)
         return rotate(q, table), rotate(k, table)
 
 

@@ -10,6 +10,7 @@ from mmlong.modalities.image_bytes import ImageBytesModality
 from mmlong.modalities.image_palette import ImagePaletteModality, fit_palette
 from mmlong.modalities.text import TextModality
 from mmlong.modalities.timm_patches import TimmPatchesModality
+from mmlong.modalities.tokens import TokensModality
 
 __all__ = [
     "MODALITIES",
@@ -22,6 +23,7 @@ __all__ = [
     "MuLawModality",
     "TextModality",
     "TimmPatchesModality",
+    "TokensModality",
     "create_modality",
     "fit_palette",
     "register_modality",

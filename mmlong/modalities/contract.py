@@ -88,6 +88,11 @@ class Modality(nn.Module):
         places = self.places(index, tokens.shape[1])
         return x if places is None else x + places
 
+    @property
+    def code_embedding(self) -> nn.Embedding | None:
+        """The embedding whose rows are the codes' vectors, which a head may share (``head.tied``); ``None`` where there is no such."""
+        return None
+
     def tokens_per_sample(self) -> int | None:
         """L, where every sample has the same; else ``None``."""
         return None

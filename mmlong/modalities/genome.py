@@ -116,6 +116,10 @@ class GenomeModality(Modality):
         self.levels = self.codes
         self.letter = nn.Embedding(self.codes, dim // 2 if reverse_complement else dim)
 
+    @property
+    def code_embedding(self) -> nn.Embedding | None:
+        return None if self.reverse_complement else self.letter
+
     def encode(self, raw: Tensor, lengths: Tensor | None = None, resets: Tensor | None = None) -> tuple[Tensor, Layout]:
         """uint8 ``(B, T)`` of ASCII letters to int64 codes ``(B, T)``; ``N`` beyond each row's length.
 

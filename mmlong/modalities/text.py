@@ -30,6 +30,10 @@ class TextModality(Modality):
         super().__init__(dim)
         self.byte = nn.Embedding(256, dim)
 
+    @property
+    def code_embedding(self) -> nn.Embedding:
+        return self.byte
+
     def encode(self, raw: Tensor, lengths: Tensor | None = None, resets: Tensor | None = None) -> tuple[Tensor, Layout]:
         """uint8 ``(B, T)`` to int64 codes ``(B, T)``, the same numbers; 0 beyond each row's length.
 

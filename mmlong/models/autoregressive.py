@@ -3,7 +3,7 @@
     y, state = model(tokens, state, layout)      y[:, t] predicts tokens[:, t] from tokens[:, :t] and the state
 
 The shift is inside. At position ``t`` the backbone is given the value of token ``t - 1`` and the place of token ``t``; before the first token of a document stands a
-learned start vector. So every token, the first included, has a probability, nothing crosses a reset, and a piece needs nothing of the next one. The state is the backbone's, the last token's value and how many tokens
+learned start vector, or the vector of a code of one's choice. So every token, the first included, has a probability, nothing crosses a reset, and a piece needs nothing of the next one. The state is the backbone's, the last token's value and how many tokens
 have passed; that is all that generation needs:
 
     prediction, state = model.peek(state)        the distribution of the next token
@@ -34,13 +34,13 @@ class AutoregressiveModel(Model):
     Args:
         config: see :class:`mmlong.models.Model`; the backbone causal, the head one that predicts every token. ``head`` may be left out: ``categorical`` for a
             modality of codes, else ``logistic_mixture``, with the modality's numbers. ``linear_prediction``, a list of offsets, moves the means of a mixture by a
-            linear function of the tokens that far back.
+            linear function of the tokens that far back. ``start``, a code, stands before the first token in place of a learned vector: what published models call the beginning of a sequence.
 
     Raises:
-        ValueError: the backbone does not stream, the head predicts no tokens, the modality's tokens have no probability, or linear prediction of codes.
+        ValueError: the backbone does not stream, the head predicts no tokens, the modality's tokens have no probability, linear prediction of codes, or a start that is no code.
     """
 
-    own_parts = ("linear_prediction",)
+    own_parts = ("linear_prediction", "start")
 
     def __init__(self, config: Config) -> None:
         config = {"head": {}, **config, "kind": "autoregressive"}
@@ -50,7 +50,14 @@ class AutoregressiveModel(Model):
             raise ValueError(
                 f"an autoregressive model predicts every token; head {self.config['head']['name']!r} predicts one thing a sequence"
             )
-        self.start = nn.Parameter(torch.randn(self.backbone.dim_in) * 0.02)
+        code = self.config.get("start")
+        self.start = nn.Parameter(torch.randn(self.backbone.dim_in) * 0.02) if code is None else None
+        if code is not None:
+            table = self.modality.code_embedding
+            if table is None or not 0 <= code < table.num_embeddings:
+                raise ValueError(
+                    f"start is a code that the modality embeds{'' if table is None else f', 0 .. {table.num_embeddings - 1}'}; got {code} for {type(self.modality).__name__}"
+                )
         self.linear: LinearPrediction | None = None
         if offsets := self.config.get("linear_prediction"):
             if not isinstance(self.head, LogisticMixtureHead):
@@ -59,6 +66,13 @@ class AutoregressiveModel(Model):
                 )
             self.linear = LinearPrediction(self.modality.channels, offsets)
             self.head.centre()
+
+    def start_vector(self) -> Tensor:
+        """What stands before the first token, ``(D,)``."""
+        if self.start is not None:
+            return self.start
+        code = torch.tensor([[self.config["start"]]], device=next(self.backbone.parameters()).device)
+        return self.modality.values(code)[0, 0]
 
     def complete_head(self, head: dict[str, Any]) -> dict[str, Any]:
         """The head's options with what the modality fixes."""
@@ -82,7 +96,7 @@ class AutoregressiveModel(Model):
         """
         batch, length = tokens.shape[:2]
         values = self.modality.values(tokens)
-        start = self.start.to(values.dtype).expand(batch, 1, -1)
+        start = self.start_vector().to(values.dtype).expand(batch, 1, -1)
         last = start if state is None else state["last"].to(values.dtype)
         passed = torch.zeros(batch, dtype=torch.int64, device=tokens.device) if state is None else state["passed"]
         line = torch.cat([last, values], 1)
@@ -171,7 +185,7 @@ class AutoregressiveModel(Model):
 
     def begin(self, batch: int = 1) -> State:
         """The state before the first token of ``batch`` rows."""
-        start = self.start.detach()
+        start = self.start_vector().detach()
         passed = torch.zeros(batch, dtype=torch.int64, device=start.device)
         state = {"backbone": None, "last": start.expand(batch, 1, -1), "passed": passed}
         if self.reads_codes:

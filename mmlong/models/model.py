@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmlong.backbone import Backbone, BackboneConfig
-from mmlong.heads import HEADS, Head, create_head
+from mmlong.heads import HEADS, CategoricalHead, Head, create_head
 from mmlong.layout import Layout
 from mmlong.mixers import State
 from mmlong.modalities import MODALITIES, Modality, create_modality
@@ -76,6 +76,11 @@ class Model(nn.Module):
             # A head that reads every position must know how many there are; only the model knows both sides.
             config["head"].setdefault("tokens", length)
         self.head: Head = create_head(dim=self.num_features, **config["head"])
+        self._tie()
+
+    def _tie(self) -> None:
+        if isinstance(self.head, CategoricalHead):
+            self.head.tie(self.modality.code_embedding)
 
     def complete_head(self, head: dict[str, Any]) -> dict[str, Any]:
         """The head's options with what the other parts fix; the modality is there already."""
@@ -142,6 +147,7 @@ class Model(nn.Module):
         self.config["head"] = {**self.config["head"], "num_classes": num_classes, **options}
         old = next(self.backbone.parameters())
         self.head = create_head(dim=self.num_features, **self.config["head"]).to(old.device, old.dtype)
+        self._tie()
 
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""

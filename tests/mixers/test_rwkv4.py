@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from mmlong.mixers import RWKV4, AFTSimple, create_mixer, state_bytes
 from mmlong.mixers import blocks as blocks_module
@@ -59,6 +60,22 @@ def test_against_transformers_with_its_state(held: Any) -> None:
         torch.testing.assert_close(m(x[:, 40:], carried)[0], y[:, 40:], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.oracle("transformers: RwkvFeedForward", "rwkv4_channel")
+def test_channel_mixing_against_transformers(same_as: Any) -> None:
+    code = pytest.importorskip("transformers.models.rwkv.modeling_rwkv")
+    m = perturbed("rwkv4_channel", 8, torch.float64, ratio=3)
+    config = code.RwkvConfig(hidden_size=8, intermediate_size=24, num_hidden_layers=2)
+    theirs = code.RwkvFeedForward(config).double()
+    names = {"receptance.weight": m.r_proj.weight, "key.weight": m.k_proj.weight, "value.weight": m.v_proj.weight}
+    shares = {f"time_mix_{name}": m.shift[i][None, None] for i, name in enumerate(("receptance", "key"))}
+    x = torch.randn(2, 65, 8, dtype=torch.float64, requires_grad=True)
+    want, _ = functional_call(theirs, {**names, **shares}, (x,))
+    y, state = m(x)
+    same_as(m, x, (y, state), (want, {"last": x[:, -1]}))
+    _, state = m(x[:, :40])
+    torch.testing.assert_close(m(x[:, 40:], state)[0], want[:, 40:])
+
+
 @pytest.mark.oracle("definition: running sums", "aft_simple")
 def test_aft_simple_is_its_formula(held: Any) -> None:
     m = perturbed("aft_simple", 6, torch.float64)
@@ -105,5 +122,8 @@ def test_initial_values() -> None:
 def test_state_bytes_and_impossible_options() -> None:
     for m in (RWKV4(1), RWKV4(5), AFTSimple(5)):
         assert state_bytes(m(torch.randn(1, 3, m.dim))[1]) == m.state_bytes(3)
-    with pytest.raises(ValueError, match="place"):
-        RWKV4(4, place=2)
+    for name in ("rwkv4", "rwkv4_channel"):
+        with pytest.raises(ValueError, match="place"):
+            create_mixer(name, 4, place=2)
+    with pytest.raises(ValueError, match="no hidden channel"):
+        create_mixer("rwkv4_channel", 4, ratio=0)
