@@ -1,0 +1,162 @@
+"""Every converter on a small random model: whole-model outputs are the same, and there and back is the same to the bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mmlong.convert import CONVERTERS, convert
+from mmlong.models import AutoregressiveModel, load_model
+
+T = pytest.importorskip("transformers")
+
+Make = Callable[[], nn.Module]
+
+
+def gpt2(**more: Any) -> nn.Module:
+    config = T.GPT2Config(
+        vocab_size=50, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=49, eos_token_id=49, **more
+    )
+    return T.GPT2LMHeadModel(config)
+
+
+def imagegpt() -> nn.Module:
+    return T.ImageGPTForCausalImageModeling(
+        T.ImageGPTConfig(vocab_size=17, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    )
+
+
+def mamba() -> nn.Module:
+    return T.MambaForCausalLM(T.MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, state_size=5))
+
+
+def mamba2() -> nn.Module:
+    config = T.Mamba2Config(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16, n_groups=2, state_size=8, chunk_size=16,
+        eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    return T.Mamba2ForCausalLM(config)
+
+
+def rwkv() -> nn.Module:
+    return T.RwkvForCausalLM(T.RwkvConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, intermediate_size=96))
+
+
+def recurrent_gemma(**more: Any) -> nn.Module:
+    config = T.RecurrentGemmaConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=1, intermediate_size=120,
+        attention_window_size=8, lru_width=48, **more,
+    )  # fmt: skip
+    return T.RecurrentGemmaForCausalLM(config)
+
+
+def xlstm(**more: Any) -> nn.Module:
+    config = T.xLSTMConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_heads=4, autocast_kernel_dtype="float32", chunk_size=8, **more
+    )  # fmt: skip
+    return T.xLSTMForCausalLM(config)
+
+
+MODELS: dict[str, tuple[Make, torch.dtype, float]] = {
+    "gpt2": (gpt2, torch.float64, 1e-12),
+    "gpt2, untied, of another width": (lambda: gpt2(tie_word_embeddings=False, n_inner=72), torch.float64, 1e-12),
+    "imagegpt": (imagegpt, torch.float64, 1e-12),
+    "mamba": (mamba, torch.float32, 1e-5),
+    "mamba2": (mamba2, torch.float32, 1e-5),
+    "rwkv": (rwkv, torch.float32, 1e-5),
+    "recurrent_gemma": (recurrent_gemma, torch.float32, 1e-5),
+    "recurrent_gemma, with biases": (lambda: recurrent_gemma(attention_bias=True), torch.float32, 1e-5),
+    "xlstm": (xlstm, torch.float32, 1e-5),
+}
+"""A model of theirs, in which precision it is compared, and how near (theirs compute some of it in float32 whatever they are given)."""
+
+
+def moved(make: Make, seed: int = 0) -> nn.Module:
+    """A model with every parameter moved off what it starts from, so that none could be exchanged for another unseen."""
+    torch.manual_seed(seed)
+    model = make().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def codes(model: Any, length: int = 41) -> Tensor:
+    return torch.randint(model.config.vocab_size - 1, (2, length), generator=torch.Generator().manual_seed(1))
+
+
+def logits(model: Any, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(tokens, use_cache=False).logits
+    return found
+
+
+def ours_on(folder: Path, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = load_model(folder).to(dtype).eval()(tokens)[0]
+    return found
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+def test_every_converter_is_tested() -> None:
+    assert set(CONVERTERS.names()) <= {name.partition(",")[0] for name in MODELS}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_model_there_and_back(name: str, tmp_path: Path) -> None:
+    make, dtype, near = MODELS[name]
+    theirs: Any = moved(make)
+    theirs.save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "ours", kind="plain")
+    tokens = codes(theirs)
+    want = logits(theirs.to(dtype), tokens)
+    got = ours_on(tmp_path / "ours", tokens, dtype)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, want, rtol=0, atol=near * float(want.abs().max().clamp_min(1)))
+
+    convert(tmp_path / "ours", tmp_path / "back")
+    assert same(
+        load_file(tmp_path / "theirs" / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    )
+    again, report = type(theirs).from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(report.values()), report
+    assert torch.equal(logits(again.eval().to(dtype), tokens), want)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "," not in name])
+def test_an_autoregressive_model_predicts_what_theirs_does_behind_its_first_code(name: str, tmp_path: Path) -> None:
+    make, dtype, near = MODELS[name]
+    theirs: Any = moved(make)
+    theirs.save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    tokens = codes(theirs)
+    model = load_model(tmp_path / "ours").to(dtype).eval()
+    assert isinstance(model, AutoregressiveModel)
+    first = torch.full((2, 1), int(model.config["start"]))
+    want = logits(theirs.to(dtype), torch.cat([first, tokens[:, :-1]], 1))
+    limit = near * float(want.abs().max().clamp_min(1))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens)[0], want, rtol=0, atol=limit)
+        state, found = model.begin(2), []
+        for t in range(9):
+            prediction, state = model.peek(state)
+            state = model.put(state, tokens[:, t : t + 1])
+            found.append(prediction)
+    torch.testing.assert_close(torch.cat(found, 1), want[:, :9], rtol=0, atol=max(limit, 1e-11))
+    convert(tmp_path / "ours", tmp_path / "back")
+    assert same(
+        load_file(tmp_path / "theirs" / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    )
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads(
+        (tmp_path / "theirs" / "config.json").read_text()
+    )
