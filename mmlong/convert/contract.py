@@ -121,8 +121,8 @@ class Converter:
         """
         raise TypeError(f"{type(self).__name__} does not define config(p, kind)")
 
-    def rows(self, p: Published) -> Iterable[Row]:
-        """Names of theirs, with ``prefix``, and of ours."""
+    def rows(self, p: Published, **options: Any) -> Iterable[Row]:
+        """Names of theirs, with ``prefix``, and of ours; arguments as those of :meth:`config`."""
         raise TypeError(f"{type(self).__name__} does not define rows(p)")
 
     def same(self, p: Published) -> Mapping[str, str]:

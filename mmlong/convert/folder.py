@@ -250,7 +250,7 @@ def there(
     assert model is not None
     assert kind is not None
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    rows = list(converter.rows(p))
+    rows = list(converter.rows(p, **options))
     _covered(converter, rows, shapes)
     expected = their_shapes(rows, shapes)
     prefix = not converter.prefix or any(name.startswith(converter.prefix) for name in tensors)
@@ -294,7 +294,7 @@ def back(config: Config, tensors: Mapping[str, Tensor], origin: Origin) -> dict[
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     _fits(None, True, tensors, shapes, set())
     converter, p = origin.converter, Published(origin.config)
-    found = {origin.named(name): t for name, t in to_theirs(converter.rows(p), tensors).items()}
+    found = {origin.named(name): t for name, t in to_theirs(converter.rows(p, **origin.options), tensors).items()}
     same = {origin.named(alias): origin.named(name) for alias, name in converter.same(p).items()}
     found |= {name: found[same[name]].clone() for name in origin.again}
     return {**found, **origin.tensors}

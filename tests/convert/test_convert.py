@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmlong.convert import CONVERTERS, convert
+from mmlong.mixers.bigbird import random_blocks as listed
 from mmlong.models import AutoregressiveModel, load_model
 
 T = pytest.importorskip("transformers")
@@ -64,6 +65,22 @@ def xlstm(**more: Any) -> nn.Module:
     return T.xLSTMForCausalLM(config)
 
 
+def longformer() -> nn.Module:
+    config = T.LongformerConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=72, attention_window=[8, 12],
+        max_position_embeddings=70, type_vocab_size=2, sep_token_id=2,
+    )  # fmt: skip
+    return T.LongformerForMaskedLM(config)
+
+
+def big_bird(**more: Any) -> nn.Module:
+    config = T.BigBirdConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=72, max_position_embeddings=130,
+        sep_token_id=3, block_size=4, num_random_blocks=1, **more,
+    )  # fmt: skip
+    return T.BigBirdForMaskedLM(config)
+
+
 MODELS: dict[str, tuple[Make, torch.dtype, float]] = {
     "gpt2": (gpt2, torch.float64, 1e-12),
     "gpt2, untied, of another width": (lambda: gpt2(tie_word_embeddings=False, n_inner=72), torch.float64, 1e-12),
@@ -74,6 +91,13 @@ MODELS: dict[str, tuple[Make, torch.dtype, float]] = {
     "recurrent_gemma": (recurrent_gemma, torch.float32, 1e-5),
     "recurrent_gemma, with biases": (lambda: recurrent_gemma(attention_bias=True), torch.float32, 1e-5),
     "xlstm": (xlstm, torch.float32, 1e-5),
+    "longformer": (longformer, torch.float32, 1e-5),
+    "big_bird, dense": (
+        lambda: big_bird(attention_type="original_full", rescale_embeddings=True),
+        torch.float64,
+        1e-12,
+    ),
+    "big_bird": (big_bird, torch.float64, 1e-12),
 }
 """A model of theirs, in which precision it is compared, and how near (theirs compute some of it in float32 whatever they are given)."""
 
@@ -89,12 +113,15 @@ def moved(make: Make, seed: int = 0) -> nn.Module:
 
 
 def codes(model: Any, length: int = 41) -> Tensor:
-    return torch.randint(model.config.vocab_size - 1, (2, length), generator=torch.Generator().manual_seed(1))
+    """Some codes: none that stands for padding, from which Longformer counts its places, and whole blocks for BigBird."""
+    length = length if model.config.model_type != "big_bird" else 44
+    return torch.randint(2, model.config.vocab_size - 1, (2, length), generator=torch.Generator().manual_seed(1))
 
 
 def logits(model: Any, tokens: Tensor) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(tokens, use_cache=False).logits
+        masked = model.config.model_type in ("longformer", "big_bird")
+        found: Tensor = model(tokens, **({} if masked else {"use_cache": False})).logits
     return found
 
 
@@ -110,6 +137,17 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def test_every_converter_is_tested() -> None:
     assert set(CONVERTERS.names()) <= {name.partition(",")[0] for name in MODELS}
+
+
+@pytest.fixture(autouse=True)
+def random_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' BigBird draws no random blocks at inference; here it is given those of the mixer."""
+    code = pytest.importorskip("transformers.models.big_bird.modeling_big_bird")
+
+    def drawn(self: Any, num_heads: int, from_seq_length: int, from_block_size: int, **_: Any) -> list[Any]:
+        return list(listed(num_heads, from_seq_length // from_block_size, 3, 1, self.seed))
+
+    monkeypatch.setattr(code.BigBirdBlockSparseAttention, "_bigbird_block_rand_mask_with_head", drawn)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -133,7 +171,7 @@ def test_the_same_model_there_and_back(name: str, tmp_path: Path) -> None:
     assert torch.equal(logits(again.eval().to(dtype), tokens), want)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if "," not in name])
+@pytest.mark.parametrize("name", [name for name in CONVERTERS.names() if "autoregressive" in CONVERTERS[name].kinds])
 def test_an_autoregressive_model_predicts_what_theirs_does_behind_its_first_code(name: str, tmp_path: Path) -> None:
     make, dtype, near = MODELS[name]
     theirs: Any = moved(make)
