@@ -40,7 +40,8 @@ class Origin:
         kind: of ours.
         options: that were settled.
         prefix: whether their names had the family's prefix.
-        again: names under which the files had a tensor once more.
+        again: names beside the table's, under which the files had a tensor once more.
+        absent: names of the table under which the files had nothing, since they had the tensor by another.
         tensors: that change no output.
     """
 
@@ -49,6 +50,7 @@ class Origin:
     options: Mapping[str, Any] = field(default_factory=dict)
     prefix: bool = True
     again: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -58,6 +60,11 @@ class Origin:
     def named(self, name: str) -> str:
         """A name of the table as the files have it."""
         return name if self.prefix else name.removeprefix(self.converter.prefix)
+
+    def same(self) -> dict[str, str]:
+        """:meth:`Converter.same` as the files have the names."""
+        same = self.converter.same(Published(self.config))
+        return {self.named(alias): self.named(name) for alias, name in same.items()}
 
     def hollow(self) -> Model:
         """The model of ours, without numbers."""
@@ -181,6 +188,7 @@ def convert(
         "options": origin.options,
         "prefix": origin.prefix,
         "again": origin.again,
+        "absent": origin.absent,
     }
     (out / PUBLISHED).write_text(json.dumps(told, indent=2) + "\n")
     if origin.tensors:
@@ -208,7 +216,8 @@ def read_origin(folder: Path) -> Origin:
     told = read_json(folder / PUBLISHED)
     unused = load_file(folder / UNUSED) if (folder / UNUSED).is_file() else {}
     try:
-        return Origin(told["config"], told["kind"], told["options"], told["prefix"], tuple(told["again"]), unused)
+        again, absent = tuple(told["again"]), tuple(told["absent"])
+        return Origin(told["config"], told["kind"], told["options"], told["prefix"], again, absent, unused)
     except KeyError as error:
         raise ConvertError(f"{folder / PUBLISHED} lacks {error.args[0]!r}") from error
 
@@ -255,23 +264,21 @@ def there(
     expected = their_shapes(rows, shapes)
     prefix = not converter.prefix or any(name.startswith(converter.prefix) for name in tensors)
     plain = Origin(config, kind, options, prefix)
-    same = {plain.named(alias): plain.named(name) for alias, name in converter.same(p).items()}
-    again = tuple(sorted(name for name in same if name in tensors))
+    same = plain.same()
     wanted = {plain.named(name): shape for name, shape in expected.items()}
     unused = {
         name: t
         for name, t in tensors.items()
-        if name not in wanted and name not in same and _is_unused(converter, name)
+        if name not in wanted and name not in same and any(fnmatch.fnmatchcase(name, one) for one in converter.unused)
     }
-    _fits(converter, prefix, tensors, wanted, {*unused, *again})
-    for name in again:
-        if not torch.equal(tensors[name], tensors[same[name]]):
-            raise ConvertError(
-                f"{name} and {same[name]} differ, which by config.json (tie_word_embeddings) are one tensor"
-            )
-    by_table = {name: tensors[plain.named(name)] for name in expected}
+    filled = _filled(tensors, same, wanted)
+    again = tuple(sorted(name for name in same if name in tensors and name not in wanted))
+    _fits(filled, wanted, {*unused, *again}, "" if prefix else converter.prefix)
+    _alike(filled, same)
+    by_table = {name: filled[plain.named(name)] for name in expected}
     converter.check(p, {**by_table, **unused})
-    origin = Origin(config, kind, options, prefix, again, unused)
+    absent = tuple(sorted(set(wanted) - set(tensors)))
+    origin = Origin(config, kind, options, prefix, again, absent, unused)
     return model.config, to_ours(rows, by_table, shapes), origin
 
 
@@ -292,16 +299,34 @@ def back(config: Config, tensors: Mapping[str, Tensor], origin: Origin) -> dict[
             f"the model is no longer what its {PUBLISHED} says, and has no form there: {', '.join(differing[:SHOWN])} in config.json"
         )
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    _fits(None, True, tensors, shapes, set())
-    converter, p = origin.converter, Published(origin.config)
-    found = {origin.named(name): t for name, t in to_theirs(converter.rows(p, **origin.options), tensors).items()}
-    same = {origin.named(alias): origin.named(name) for alias, name in converter.same(p).items()}
+    _fits(tensors, shapes, set())
+    rows = origin.converter.rows(Published(origin.config), **origin.options)
+    found = {origin.named(name): t for name, t in to_theirs(rows, tensors).items()}
+    same = origin.same()
     found |= {name: found[same[name]].clone() for name in origin.again}
-    return {**found, **origin.tensors}
+    _alike(found, same)
+    return {**{name: t for name, t in found.items() if name not in origin.absent}, **origin.tensors}
 
 
-def _is_unused(converter: Converter, name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in converter.unused)
+def _filled(tensors: Mapping[str, Tensor], same: Mapping[str, str], wanted: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors with those added that the files have by another name."""
+    filled = dict(tensors)
+    for alias, name in same.items():
+        if alias in tensors and name in wanted:
+            filled.setdefault(name, tensors[alias].clone())
+    for alias, name in same.items():
+        if alias in wanted and name in filled:
+            filled.setdefault(alias, filled[name].clone())
+    return filled
+
+
+def _alike(tensors: Mapping[str, Tensor], same: Mapping[str, str]) -> None:
+    """Refuse tensors that are one in the published form, and differ."""
+    for alias, name in same.items():
+        if alias in tensors and name in tensors and not torch.equal(tensors[alias], tensors[name]):
+            raise ConvertError(
+                f"{alias} and {name} differ, which by config.json are one tensor: say there that they are two (tie_word_embeddings, or what its family has for it), or leave one of them out"
+            )
 
 
 def _covered(converter: Converter, rows: Any, shapes: Mapping[str, Any]) -> None:
@@ -313,17 +338,12 @@ def _covered(converter: Converter, rows: Any, shapes: Mapping[str, Any]) -> None
 
 
 def _fits(
-    converter: Converter | None,
-    prefix: bool,
-    found: Mapping[str, Tensor],
-    wanted: Mapping[str, tuple[int, ...]],
-    more: set[str],
+    found: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], more: set[str], without: str = ""
 ) -> None:
+    """Refuse tensors that are missing, not known or of another shape; ``without`` is a prefix that no name has."""
     missing = sorted(set(wanted) - set(found))
     if missing:
-        hint = ""
-        if converter is not None and not prefix and not any(name in wanted for name in missing if "." not in name):
-            hint = f"; the names are without {converter.prefix!r}, as in a file of the model without its head: save the one with it"
+        hint = f"; no name begins with {without!r}, as in a file of a model without its head" if without else ""
         raise ConvertError(f"{_some(missing)} missing, of shape {wanted[missing[0]]}{hint}")
     if unknown := sorted(set(found) - set(wanted) - more):
         raise ConvertError(
