@@ -26,7 +26,7 @@ def write_samples(modality: Modality, raw: Tensor, folder: Path, stem: str = "sa
         stem: of the names.
 
     Returns:
-        the files: one PNG sheet of all images, one WAV a sound, one FASTA of all sequences, one text a row (bytes as they are).
+        the files: one PNG sheet of all images, one WAV a sound, one FASTA of all sequences, one text a row (bytes as they are), one file a row of codes (whole numbers with spaces between).
 
     Raises:
         ValueError: a kind of modality that makes no files.
@@ -99,9 +99,18 @@ def _texts(modality: Modality, raw: Tensor, folder: Path, stem: str) -> list[Pat
     return found
 
 
+def _codes(modality: Modality, raw: Tensor, folder: Path, stem: str) -> list[Path]:
+    found = []
+    for place, row in enumerate(raw.tolist()):
+        text = " ".join(map(str, row)) + "\n"
+        found.append(_whole(folder / f"{stem}-{place}.txt", partial(Path.write_text, data=text)))
+    return found
+
+
 WRITERS: dict[str, Callable[[Modality, Tensor, Path, str], list[Path]]] = {
     "image": _images,
     "audio": _sounds,
     "genome": _sequences,
     "text": _texts,
+    "tokens": _codes,
 }

@@ -23,6 +23,7 @@ train and use (recipes by name or file; several -c are merged, the later wins; a
   export     mmlong export image/cells256                         programs that run without mmlong (torch, AOTInductor, ONNX)
   save       mmlong save image/cells256 FOLDER                    weights and a model card, to keep or give away
   embed      mmlong embed RUN FILES... --out features.npz         what the head pools of each file; --tokens: of each token
+  convert    mmlong convert gpt2/ out/                            a published checkpoint in transformers' format to ours, or back
   recipes    list the packaged recipes
 
 data
@@ -50,6 +51,7 @@ COMMANDS = (
     "export",
     "save",
     "embed",
+    "convert",
     "recipes",
     "pack",
     "bench",
@@ -85,6 +87,10 @@ def _dispatch(command: str, rest: list[str]) -> int:
         from mmlong.cli.embed import run_embed
 
         return run_embed(rest)
+    if command == "convert":
+        from mmlong.cli.convert import run_convert
+
+        return run_convert(rest)
     if command == "pack":
         from mmlong.cli.pack import run_pack
 

@@ -40,7 +40,7 @@ def run_generate(argv: list[str]) -> int:
     parser.add_argument("--length", type=int, help="new tokens (default: 1024, or the rest of a sample of fixed size)")
     parser.add_argument("--count", type=int, default=1, help="how many samples at once (default 1)")
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", help="begin with this text, or these letters of DNA")
+    prompt.add_argument("--prompt", help="begin with this text, these letters of DNA, or these codes")
     prompt.add_argument("--prompt_file", type=Path, help="begin with this file (its first record, of FASTA)")
     parser.add_argument(
         "--prompt_length", type=int, help="tokens of the file to begin with (default: all; half of a picture)"
@@ -116,10 +116,12 @@ def _prompt(args: argparse.Namespace, modality: Any, whole: int | None) -> Any:
     """Tokens to begin with, ``(1, L, ...)``, or ``None``."""
     import torch
 
-    from mmlong.cli.raw_files import read_documents
+    from mmlong.cli.raw_files import read_codes, read_documents
 
+    if args.prompt is not None and modality.kind == "tokens" and args.prompt.strip():
+        return modality.encode(read_codes(args.prompt))[0]
     if args.prompt is not None:
-        if modality.kind not in ("text", "genome"):
+        if modality.kind not in ("text", "genome", "tokens"):
             raise ValueError(
                 f"--prompt is for texts and sequences; this model makes {modality.kind}: give a --prompt_file"
             )

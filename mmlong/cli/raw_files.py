@@ -22,7 +22,7 @@ def read_documents(modality: Modality, path: Path, resample: bool = False) -> It
 
     Args:
         modality: of the model that will read them; it says which kind of file this is, and which size, rate and channels are due.
-        path: an image, a sound, a FASTA file (gzipped too), or any bytes as text.
+        path: an image, a sound, a FASTA file (gzipped too), any bytes as text, or codes as whole numbers with white space between.
         resample: whether a sound of another rate is resampled.
 
     Yields:
@@ -35,7 +35,7 @@ def read_documents(modality: Modality, path: Path, resample: bool = False) -> It
 
     if not path.is_file():
         raise DataError(path, "is missing")
-    readers = {"image": _image, "audio": _sound, "genome": _sequences, "text": _text}
+    readers = {"image": _image, "audio": _sound, "genome": _sequences, "text": _text, "tokens": _codes}
     if modality.kind not in readers:
         raise DataError(path, f"cannot be read: {type(modality).__name__} is of kind {modality.kind!r}")
     yield from readers[modality.kind](modality, path, resample)
@@ -92,3 +92,29 @@ def _text(modality: Any, path: Path, resample: bool) -> Iterator[tuple[str, Iter
                 yield torch.frombuffer(bytearray(block), dtype=torch.uint8)[None]
 
     yield path.name, pieces()
+
+
+def _codes(modality: Any, path: Path, resample: bool) -> Iterator[tuple[str, Iterator[Tensor]]]:
+    from mmlong.datamodules.errors import DataError
+
+    try:
+        codes = read_codes(path.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise DataError(path, f"is no file of codes: {error}") from error
+    if not codes.shape[1]:
+        raise DataError(path, "is empty")
+    yield path.name, iter(codes.split(PIECE, 1))
+
+
+def read_codes(text: str) -> Tensor:
+    """Whole numbers with white space between, as ``(1, T)``.
+
+    Raises:
+        ValueError: something else.
+    """
+    words = text.split()
+    if odd := next((word for word in words if not word.isdecimal()), None):
+        raise ValueError(
+            f"{odd[:40]!r} is no code: this model reads whole numbers, with spaces between, of the tokenizer it was trained with"
+        )
+    return torch.tensor([[int(word) for word in words]], dtype=torch.int64)
