@@ -3,7 +3,8 @@
 It has no class in ``transformers``: names, shapes and the configuration are those of its authors' files for that library (``kuleshov-group/caduceus-ph_*``, model_type ``caduceus``). The projections in and out of both ways are one tensor
 there (``bidirectional_weight_tie``); here there are two that begin alike, and a model goes back only while they are alike.
 
-Caduceus-PS (``rcps``) is refused: its head reads the other strand by the complement of each code, among codes that stand for no letter too, and ours says the same of both strands.
+Caduceus-PS (``rcps``) is refused: its head reads the other strand by the complement of each code, where ours says the same of both strands, and its published code exchanges the two strands in every block if norms are fused
+(``fused_add_norm``), and not otherwise.
 """
 
 from __future__ import annotations

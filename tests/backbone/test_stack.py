@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mmlong.backbone import Backbone, BackboneConfig, Merge, Reversed
+from mmlong.backbone.feedforward import create_ffn
 from mmlong.layout import Layout, scan_order
 from mmlong.mixers import select_rows, state_bytes
 from mmlong.models import Model
@@ -200,3 +201,49 @@ def test_integer_tokens_are_a_clear_error() -> None:
     for tokens in (torch.zeros(2, 9, dtype=torch.int64), torch.zeros(2, 9, 16, dtype=torch.int64)):
         with pytest.raises(TypeError, match=r"takes real vectors, got torch.int64: embed codes first"):
             build()(tokens)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms", "rms_offset"])
+@pytest.mark.parametrize("after", [False, True])
+def test_norms_before_and_after_are_their_formula(norm: str, after: bool) -> None:
+    backbone = build(
+        depth=1, mixers=["rwkv4"], norm=norm, norm_eps=1e-3, norm_after=after, norm_in=True, norm_out=not after
+    )
+    with torch.no_grad():
+        for p in backbone.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    (block,), x = backbone.blocks(), torch.randn(2, 9, 16, dtype=torch.float64)
+
+    def normed(u: torch.Tensor, m: torch.nn.Module) -> torch.Tensor:
+        if norm == "layer":
+            u = (u - u.mean(-1, keepdim=True)) / (u.var(-1, correction=0, keepdim=True) + 1e-3).sqrt()
+            return u * m.weight + m.bias
+        scale = m.weight if norm == "rms" else 1 + m.weight
+        return u / (u.square().mean(-1, keepdim=True) + 1e-3).sqrt() * scale
+
+    want = torch.nn.functional.layer_norm(x, (16,), backbone.norm_in.weight, backbone.norm_in.bias, 1e-3)
+    for branch, m in ((lambda u: block.mixer(u)[0], block.norm1), (block.ffn, block.norm2)):
+        want = normed(want + branch(want), m) if after else want + branch(normed(want, m))
+    torch.testing.assert_close(backbone(x)[0], want if after else normed(want, backbone.norm))
+
+
+def test_norms_that_there_are_not() -> None:
+    with pytest.raises(KeyError, match="unknown norm 'rmss' \\(did you mean 'rms'"):
+        build(norm="rmss")
+    with pytest.raises(ValueError, match="which norm_after would change"):
+        build(norm_after=True, reversible=True)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_gated_and_plain_feed_forwards_with_other_activations(bias: bool) -> None:
+    x = torch.randn(3, 8, dtype=torch.float64)
+    glu = create_ffn({"name": "glu", "activation": "gelu_tanh", "bias": bias}, 8, 1.375).double()
+    a, b = glu.w_in(x).chunk(2, -1)
+    assert a.shape[-1] == 11
+    torch.testing.assert_close(glu(x), glu.w_out(torch.nn.functional.gelu(a, approximate="tanh") * b))
+    assert len(list(glu.parameters())) == (4 if bias else 2)
+    mlp = create_ffn({"name": "mlp", "activation": "quick_gelu"}, 8, 2).double()
+    torch.testing.assert_close(mlp(x), mlp[2](mlp[0](x) * torch.sigmoid(1.702 * mlp[0](x))))
+    assert create_ffn({"name": "swiglu", "bias": bias}, 8, 2).w_in.bias is None or bias
+    with pytest.raises(ValueError, match="unknown activation 'gelu_new'.*known: gelu, gelu_tanh"):
+        create_ffn({"name": "mlp", "activation": "gelu_new"}, 8, 2)

@@ -229,3 +229,28 @@ def test_unknown_options_and_names() -> None:
         create_head("clasify", 4)
     with pytest.raises(TypeError, match="did you mean 'num_classes'"):
         create_head("classify", 4, num_class=2)
+
+
+def test_a_tied_and_capped_head_behind_a_transform() -> None:
+    torch.manual_seed(0)
+    head = create_head(
+        "categorical", 8, num_classes=5, tied=True, softcap=3.0, transform="gelu", norm_eps=1e-3
+    ).double()
+    x, table = torch.randn(2, 4, 8, dtype=torch.float64), torch.nn.Embedding(6, 8).double()
+    with pytest.raises(ValueError, match="a tied head has no weights of its own"):
+        head(x)
+    head.tie(table)
+    assert sorted(head.state_dict()) == ["dense.bias", "dense.weight", "linear.bias", "norm.bias", "norm.weight"]
+    u = F.layer_norm(F.gelu(head.dense(x)), (8,), head.norm.weight, head.norm.bias, 1e-3)
+    torch.testing.assert_close(head(x), 3 * torch.tanh((u @ table.weight[:5].T + head.linear.bias) / 3))
+    head(x).sum().backward()
+    assert table.weight.grad is not None
+    for wrong, found in (
+        (None, "none"),
+        (torch.nn.Embedding(6, 4), "one of 6 rows of 4"),
+        (torch.nn.Embedding(4, 8), "one of 4 rows"),
+    ):
+        with pytest.raises(ValueError, match=f"at least 5 codes of width 8; it has {found}"):
+            head.tie(wrong)
+    with pytest.raises(ValueError, match="softcap must be positive"):
+        create_head("categorical", 8, num_classes=5, softcap=0)

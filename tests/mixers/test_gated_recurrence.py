@@ -48,17 +48,20 @@ def minimal(m: MinGRU | MinLSTM, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def griffin(m: RGLRU, x: Tensor) -> tuple[Tensor, Tensor]:
     w_gate, w_u = m.in_proj.weight.chunk(2)
-    u = F.pad(x @ w_u.t(), (0, 0, m.d_conv - 1, 0))
+    bias = x.new_zeros(2 * m.inner) if m.in_proj.bias is None else m.in_proj.bias
+    b_gate, b_u = bias.chunk(2)
+    u = F.pad(x @ w_u.t() + b_u, (0, 0, m.d_conv - 1, 0))
     u = sum(u[:, k : k + x.shape[1]] * m.conv_weight[:, k] for k in range(m.d_conv)) + m.conv_bias
     width = m.inner // m.blocks
     w_r, w_i = (torch.block_diag(*part) for part in m.gate_weight.split(width, dim=-1))
     b_r, b_i = (part.flatten() for part in m.gate_bias.split(width, dim=-1))
     h, outputs = x.new_zeros(x.shape[0], m.inner), []
+    gate = m.activation(x @ w_gate.t() + b_gate)
     for t in range(x.shape[1]):
         r, i = torch.sigmoid(u[:, t] @ w_r + b_r), torch.sigmoid(u[:, t] @ w_i + b_i)
         a = torch.exp(-8 * r * torch.log(1 + m.Lambda.exp()))
         h = a * h + (torch.sqrt(1 - a * a) if t else 1) * i * u[:, t]
-        outputs.append((F.gelu(x[:, t] @ w_gate.t()) * h) @ m.out_proj.weight.t())
+        outputs.append(m.out_proj(gate[:, t] * h))
     return torch.stack(outputs, 1), h
 
 
@@ -77,6 +80,7 @@ def definition(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         ("min_lstm", {"candidate": "positive"}),
         ("rg_lru", {}),
         ("rg_lru", {"blocks": 3, "expand": 1.5, "d_conv": 3}),
+        ("rg_lru", {"bias": True, "activation": "gelu_tanh"}),
     ],
 )
 @pytest.mark.oracle("definition: token by token")

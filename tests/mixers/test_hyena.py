@@ -89,3 +89,16 @@ def test_impossible_options_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             create_mixer("hyena", 4, **options)
+
+
+def test_the_authors_time_is_1_at_the_last_lag() -> None:
+    """In the window and the first feature; waves are of the lag over the length all the same."""
+    a, b = make(max_length=50), create_mixer("hyena", 4, max_length=50, endpoint=True).double()
+    b.load_state_dict(a.state_dict())
+    assert not torch.allclose(a.filters(50), b.filters(50))
+    with torch.no_grad():
+        for m in (a, b):
+            m.filter_hidden[0].weight[:, 0] = 0  # no first feature: the networks are the same
+    lag = torch.arange(50, dtype=torch.float64)[:, None]
+    windows = [torch.exp(-lag / unit * a._rates(torch.float64)) + a.shift for unit in (50, 49)]
+    torch.testing.assert_close(a.filters(50)[:, 0] / windows[0], b.filters(50)[:, 0] / windows[1])

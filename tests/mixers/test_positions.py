@@ -13,6 +13,7 @@ from mmlong.layout import Layout
 from mmlong.mixers.attention import Attention, SoftmaxAttention
 from mmlong.mixers.local import Local
 from mmlong.mixers.positions import POSITIONS, alibi_slopes, t5_buckets
+from mmlong.ops.rotary import rotary_reference
 from mmlong.testing import check_mixer
 
 DIM, HEADS = 32, 4
@@ -360,3 +361,18 @@ def test_options_are_checked() -> None:
             Attention(DIM, **options)
     with pytest.raises(ValueError, match="dim must be even"):
         Attention(33, heads=3, positions="transformer_xl")
+
+
+def test_a_fraction_of_the_channels_is_turned() -> None:
+    """As in GPT-NeoX: the first ones, with wavelengths of their own number; the output projection may have a bias alone."""
+    torch.manual_seed(0)
+    m = Attention(DIM, heads=2, position_options={"fraction": 0.5}, out_bias=True).double()
+    assert [p.bias is None for p in (m.q_proj, m.k_proj, m.v_proj, m.out_proj)] == [True, True, True, False]
+    x = tokens(2, 11)
+    q, k, v = (p(x).unflatten(-1, (2, 16)) for p in (m.q_proj, m.k_proj, m.v_proj))
+    q, k = (torch.cat([rotary_reference(t[..., :8], torch.arange(11)), t[..., 8:]], -1) for t in (q, k))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / 4 + hidden(11)
+    want = m.out_proj(torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v).flatten(2))
+    torch.testing.assert_close(m(x)[0], want)
+    with pytest.raises(ValueError, match="fraction must be above 0"):
+        Attention(DIM, heads=2, position_options={"fraction": 0})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -239,3 +240,49 @@ def test_what_cannot_be_autoregressive_says_why() -> None:
         build_model({**config, "kind": "autoregresive"})
     with pytest.raises(ValueError, match="prompt"):
         generate(model(), 3, codes(1, 4)[:, :0])
+
+
+@pytest.mark.parametrize("places", [None, 64])
+def test_a_code_in_place_of_a_start_vector(places: int | None, tmp_path) -> None:
+    """What is predicted is what a plain model of the same parts predicts behind that code; a table shared with the head is one parameter, also of a copy and of what was saved."""
+    torch.manual_seed(0)
+    parts = {
+        "modality": {"name": "tokens", "codes": 10, "special": 1, "places": places},
+        "backbone": {"dim": 16, "depth": 2, "mixers": ["rwkv4"]},
+    }
+    head = {"name": "categorical", "tied": True, "bias": False}
+    built = build_model({"kind": "autoregressive", "start": 10, **parts, "head": head}).double().eval()
+    plain = build_model({**parts, "head": {**head, "num_classes": 10}}).double().eval()
+    assert "start" not in built.state_dict()
+    assert not any(name.startswith("head") for name in built.state_dict())
+    plain.load_state_dict(built.state_dict())
+    tokens = torch.randint(10, (2, 23), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = plain(torch.cat([torch.full((2, 1), 10), tokens], 1))[0][:, :-1]
+        torch.testing.assert_close(built(tokens)[0], want)
+        state, found = built.begin(2), []
+        for t in range(5):
+            prediction, state = built.peek(state)
+            state = built.put(state, tokens[:, t : t + 1])
+            found.append(prediction)
+        torch.testing.assert_close(torch.cat(found, 1), want[:, :5])
+        other = copy.deepcopy(built)
+        other.modality.code.weight.mul_(2)
+        assert not torch.allclose(other(tokens)[0], want)
+        torch.testing.assert_close(built(tokens)[0], want)
+        save_model(built, tmp_path)
+        torch.testing.assert_close(load_model(tmp_path).double().eval()(tokens)[0], want, rtol=1e-4, atol=1e-4)
+    grown = copy.deepcopy(plain)
+    grown.reset_classifier(4)
+    assert grown(tokens)[0].shape == (2, 23, 4)
+
+
+def test_starts_and_tables_that_there_are_not() -> None:
+    config = {"kind": "autoregressive", "modality": {"name": "text"}, "backbone": {"dim": 16, "depth": 1}, "head": {}}
+    with pytest.raises(ValueError, match=r"start is a code that the modality embeds, 0 \.\. 255; got 256"):
+        build_model({**config, "start": 256})
+    audio = {"name": "audio", "rate": 8000}
+    with pytest.raises(ValueError, match="start is a code that the modality embeds; got 3"):
+        build_model({**config, "modality": audio, "start": 3})
+    with pytest.raises(ValueError, match="head.tied shares the modality's table"):
+        build_model({**config, "modality": {"name": "mulaw", "rate": 8000}, "head": {"tied": True}})
