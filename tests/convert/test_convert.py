@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmlong.convert import CONVERTERS, convert
@@ -201,3 +201,45 @@ def test_an_autoregressive_model_predicts_what_theirs_does_behind_its_first_code
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads(
         (tmp_path / "theirs" / "config.json").read_text()
     )
+
+
+@pytest.mark.parametrize("tokens_that_see_all", [1, 3])
+def test_longformer_with_global_tokens(tokens_that_see_all: int, tmp_path: Path) -> None:
+    theirs: Any = moved(longformer)
+    theirs.save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "ours", globals=tokens_that_see_all)
+    tokens = codes(theirs)
+    seen = (torch.arange(tokens.shape[1]) < tokens_that_see_all).long().expand_as(tokens)
+    with torch.no_grad():
+        want = theirs(tokens, global_attention_mask=seen).logits
+    near = 1e-5 * float(want.abs().max())
+    torch.testing.assert_close(ours_on(tmp_path / "ours", tokens, torch.float32), want, rtol=0, atol=near)
+    assert not torch.allclose(logits(theirs, tokens), want, rtol=0, atol=10 * near)
+    convert(tmp_path / "ours", tmp_path / "back")
+    assert same(
+        load_file(tmp_path / "theirs" / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    )
+
+
+def test_xlstm_of_fused_projections_is_that_of_single_ones(tmp_path: Path) -> None:
+    """transformers cannot make one anew (its initial values do not fit), so the tensors are put together here as its layer takes them apart."""
+    moved(xlstm).save_pretrained(tmp_path / "single")
+    single = load_file(tmp_path / "single" / "model.safetensors")
+    fused, parts = dict(single), {"qkv_opreact.weight": ("q.weight", "k.weight", "v.weight", "ogate_preact.weight")}
+    parts |= {f"ifgate_preact.{kind}": (f"igate_preact.{kind}", f"fgate_preact.{kind}") for kind in ("weight", "bias")}
+    for i in range(2):
+        at = f"backbone.blocks.{i}"
+        for whole, names in parts.items():
+            fused[f"{at}.mlstm_layer.{whole}"] = torch.cat([fused.pop(f"{at}.mlstm_layer.{name}") for name in names])
+        gates = [fused.pop(f"{at}.ffn.{name}.weight") for name in ("proj_up_gate", "proj_up")]
+        fused[f"{at}.ffn.proj_up_gate_z.weight"] = torch.cat(gates)
+    (tmp_path / "fused").mkdir()
+    config = json.loads((tmp_path / "single" / "config.json").read_text())
+    (tmp_path / "fused" / "config.json").write_text(json.dumps({**config, "weight_mode": "fused"}))
+    save_file(fused, tmp_path / "fused" / "model.safetensors")
+    for name in ("single", "fused"):
+        convert(tmp_path / name, tmp_path / f"ours-{name}")
+        convert(tmp_path / f"ours-{name}", tmp_path / f"back-{name}")
+    ours = (load_file(tmp_path / f"ours-{name}" / "model.safetensors") for name in ("single", "fused"))
+    assert same(*ours)
+    assert same(load_file(tmp_path / "back-fused" / "model.safetensors"), fused)
