@@ -60,7 +60,7 @@ class BertForm(Converter):
             },
         }
 
-    def rows(self, p: Published, **options: Any) -> Iterable[Row]:
+    def rows(self, p: Published) -> Iterable[Row]:
         at = f"{self.prefix}embeddings"
         yield Row(f"{at}.word_embeddings.weight", "modality.code.weight")
         yield Row(f"{at}.position_embeddings.weight", "modality.place.weight")
@@ -81,9 +81,9 @@ class BertForm(Converter):
                 yield Row(f"{theirs}.intermediate.dense.{kind}", f"{ours}.ffn.0.{kind}")
                 yield Row(f"{theirs}.output.dense.{kind}", f"{ours}.ffn.2.{kind}")
                 yield Row(f"{theirs}.output.LayerNorm.{kind}", f"{ours}.norm2.{kind}")
-            yield from self.more_rows(f"{theirs}.attention.self", f"{ours}.mixer", **options)
+            yield from self.more_rows(p, f"{theirs}.attention.self", f"{ours}.mixer")
 
-    def more_rows(self, theirs: str, ours: str, **options: Any) -> Iterator[Row]:
+    def more_rows(self, p: Published, theirs: str, ours: str) -> Iterator[Row]:
         """Of one attention, beside those that both have."""
         yield from ()
 
@@ -100,6 +100,7 @@ class Longformer(BertForm):
     reads = "Longformer"
     note = "exact for globals (default 0) first tokens that see all and are seen by all, said there at every call; padding by lengths"
     prefix = "longformer."
+    options = ("globals",)
     unused: ClassVar[Mapping[str, str]] = {
         "*_global.*": "global attention of a model without global tokens; and the bias of global keys, which adds the same to all scores of a query",
         "*pooler.*": "what the first token is made into for classification",
@@ -112,7 +113,7 @@ class Longformer(BertForm):
         "decoder": "lm_head.decoder",
     }
 
-    def config(self, p: Published, kind: str, globals: int = 0) -> Config:
+    def config(self, p: Published, kind: str) -> Config:
         depth = p["num_hidden_layers"]
         windows = p.get("attention_window", 512)
         windows = [windows] * depth if isinstance(windows, int) else windows
@@ -125,7 +126,7 @@ class Longformer(BertForm):
             {
                 "name": "longformer",
                 "window": window // 2,
-                "globals": globals,
+                "globals": p.options.get("globals", 0),
                 "heads": p["num_attention_heads"],
                 "rope": False,
                 "bias": True,
@@ -134,8 +135,8 @@ class Longformer(BertForm):
         ]
         return self.model(p, mixers, p.get("pad_token_id", 1) + 1, 1.0)
 
-    def more_rows(self, theirs: str, ours: str, globals: int = 0) -> Iterator[Row]:
-        if not globals:
+    def more_rows(self, p: Published, theirs: str, ours: str) -> Iterator[Row]:
+        if not p.options.get("globals", 0):
             return
         for name, kinds in (("query", KINDS), ("key", KINDS[:1]), ("value", KINDS)):
             for kind in kinds:

@@ -28,10 +28,11 @@ class Published:
 
     Args:
         config: its content.
+        options: what it leaves open and is settled here (:attr:`Converter.options`).
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = config
+    def __init__(self, config: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> None:
+        self.config, self.options = config, options or {}
 
     def __getitem__(self, key: str) -> Any:
         """A value that there must be.
@@ -100,6 +101,7 @@ class Converter:
         prefix: before the names of the model without its head, which files of such a model leave out.
         unused: patterns of tensors that such models have and that change no output, and why; they are kept beside and given back.
         kinds: of ours that it can become, the usual one first (:data:`mmlong.models.KINDS`).
+        options: names of what theirs leaves open and is settled at a call there, which :attr:`Published.options` may have.
     """
 
     reads: ClassVar[str] = ""
@@ -107,22 +109,22 @@ class Converter:
     prefix: ClassVar[str] = ""
     unused: ClassVar[Mapping[str, str]] = {}
     kinds: ClassVar[tuple[str, ...]] = ("plain",)
+    options: ClassVar[tuple[str, ...]] = ()
 
-    def config(self, p: Published, kind: str, **options: Any) -> Config:
+    def config(self, p: Published, kind: str) -> Config:
         """The configuration of ours.
 
         Args:
             p: theirs.
             kind: one of ``kinds``.
-            options: what theirs leaves open and is settled at a call there.
 
         Raises:
             ConvertError: ours has no such form.
         """
         raise TypeError(f"{type(self).__name__} does not define config(p, kind)")
 
-    def rows(self, p: Published, **options: Any) -> Iterable[Row]:
-        """Names of theirs, with ``prefix``, and of ours; arguments as those of :meth:`config`."""
+    def rows(self, p: Published) -> Iterable[Row]:
+        """Names of theirs, with ``prefix``, and of ours."""
         raise TypeError(f"{type(self).__name__} does not define rows(p)")
 
     def same(self, p: Published) -> Mapping[str, str]:

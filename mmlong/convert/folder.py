@@ -23,7 +23,7 @@ from torch import Tensor
 from mmlong.convert.contract import CONVERTERS, REFUSED, Converter, ConvertError, Published
 from mmlong.convert.table import their_shapes, to_ours, to_theirs
 from mmlong.models import Config, Model, build_model
-from mmlong.registry import check_options, nearest
+from mmlong.registry import nearest
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PUBLISHED, UNUSED = "published.json", "published.safetensors"
@@ -57,18 +57,22 @@ class Origin:
     def converter(self) -> Converter:
         return converter_of(self.config)
 
+    @property
+    def published(self) -> Published:
+        return Published(self.config, self.options)
+
     def named(self, name: str) -> str:
         """A name of the table as the files have it."""
         return name if self.prefix else name.removeprefix(self.converter.prefix)
 
     def same(self) -> dict[str, str]:
         """:meth:`Converter.same` as the files have the names."""
-        same = self.converter.same(Published(self.config))
+        same = self.converter.same(self.published)
         return {self.named(alias): self.named(name) for alias, name in same.items()}
 
     def hollow(self) -> Model:
         """The model of ours, without numbers."""
-        return hollow(self.converter.config(Published(self.config), self.kind, **self.options))
+        return hollow(self.converter.config(self.published, self.kind))
 
 
 def hollow(config: Config) -> Model:
@@ -243,17 +247,21 @@ def there(
         TypeError: an option that the family has not.
     """
     converter = converter_of(config)
-    p = Published(config)
+    p = Published(config, options)
     if kind is not None and kind not in converter.kinds:
         raise ConvertError(
             f"{converter.reads} is converted to models of kind {', '.join(converter.kinds)}, not {kind!r}"
         )
-    check_options(f"{converter.reads}", converter.config, {key: None for key in options})
+    if unknown := [key for key in options if key not in converter.options]:
+        has = f"it has {', '.join(converter.options)}" if converter.options else "it has none"
+        raise TypeError(
+            f"{converter.reads} has no option {unknown[0]!r}{nearest(unknown[0], converter.options)}; {has}"
+        )
     kinds = converter.kinds if kind is None else (kind,)
     model = None
     for kind in kinds:
         try:
-            model = hollow(converter.config(p, kind, **options))
+            model = hollow(converter.config(p, kind))
             break
         except ConvertError:
             if kind == kinds[-1]:
@@ -261,7 +269,7 @@ def there(
     assert model is not None
     assert kind is not None
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    rows = list(converter.rows(p, **options))
+    rows = list(converter.rows(p))
     _covered(converter, rows, shapes)
     expected = their_shapes(rows, shapes)
     prefix = not converter.prefix or any(name.startswith(converter.prefix) for name in tensors)
@@ -302,7 +310,7 @@ def back(config: Config, tensors: Mapping[str, Tensor], origin: Origin) -> dict[
         )
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     _fits(tensors, shapes, set())
-    rows = origin.converter.rows(Published(origin.config), **origin.options)
+    rows = origin.converter.rows(origin.published)
     found = {origin.named(name): t for name, t in to_theirs(rows, tensors).items()}
     same = origin.same()
     found |= {name: found[same[name]].clone() for name in origin.again}

@@ -106,7 +106,7 @@ class HyenaDNA(Converter):
 
     def same(self, p: Published) -> Mapping[str, str]:
         # All sines of a filter have one frequency.
-        found = {}
+        found: dict[str, str] = {}
         for i in range(p["n_layer"]):
             at = f"hyena.backbone.layers.{i}.mixer.filter_fn.implicit_filter"
             found |= {f"{at}.{2 * n + 3}.freq": f"{at}.1.freq" for n in range(p.get("num_inner_mlps", 2))}

@@ -86,7 +86,7 @@ class Mamba2(Mamba):
     def mixer(self, p: Published) -> dict[str, Any]:
         limit = p.get("time_step_limit", [0.0, "Infinity"])
         # JSON has no infinity: a file may have it as a number of Python's, a word, or transformers' {"__float__": "Infinity"}.
-        high = limit[1].get("__float__") if isinstance(limit[1], dict) else limit[1]
+        high = limit[1].get("__float__", 0) if isinstance(limit[1], dict) else limit[1]
         if limit[0] != 0 or float(high) != float("inf"):
             raise ConvertError(
                 f"config.json: time_step_limit is {limit!r}, and only 0 to infinity can be converted: steps are not bounded"
