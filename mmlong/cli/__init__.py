@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -43,85 +44,34 @@ options
 """
 
 TRAINING = ("fit", "validate", "test", "predict")
-COMMANDS = (
-    *TRAINING,
-    "generate",
-    "score",
-    "knn",
-    "export",
-    "save",
-    "embed",
-    "convert",
-    "recipes",
-    "pack",
-    "bench",
-    "estimate",
-    "mixers",
-    "diagnose",
-    "doctor",
-)
+COMMANDS: dict[str, str] = {
+    **dict.fromkeys(TRAINING, "train:run_training"),
+    "generate": "generate:run_generate",
+    "score": "generate:run_score",
+    "knn": "knn:run_knn",
+    "export": "export:run_export",
+    "save": "save:run_save",
+    "embed": "embed:run_embed",
+    "convert": "convert:run_convert",
+    "recipes": "recipes:run_recipes",
+    "pack": "pack:run_pack",
+    "bench": "bench:run_bench",
+    "estimate": "estimate:run_estimate",
+    "mixers": "tables:run_mixers",
+    "diagnose": "diagnose:run_diagnose",
+    "doctor": "tables:run_doctor",
+}
+"""Module of this package and function that a command calls with the words behind it; training's is told the command as well."""
 
 
 def _dispatch(command: str, rest: list[str]) -> int:
-    if command in TRAINING:
-        from mmlong.cli.train import run_training
+    if command not in COMMANDS:
+        from mmlong.registry import nearest
 
-        return run_training(command, rest)
-    if command in ("generate", "score"):
-        from mmlong.cli import generate
-
-        return generate.run_generate(rest) if command == "generate" else generate.run_score(rest)
-    if command == "knn":
-        from mmlong.cli.knn import run_knn
-
-        return run_knn(rest)
-    if command == "export":
-        from mmlong.cli.export import run_export
-
-        return run_export(rest)
-    if command == "save":
-        from mmlong.cli.save import run_save
-
-        return run_save(rest)
-    if command == "embed":
-        from mmlong.cli.embed import run_embed
-
-        return run_embed(rest)
-    if command == "convert":
-        from mmlong.cli.convert import run_convert
-
-        return run_convert(rest)
-    if command == "pack":
-        from mmlong.cli.pack import run_pack
-
-        return run_pack(rest)
-    if command == "bench":
-        from mmlong.cli.bench import run_bench
-
-        return run_bench(rest)
-    if command == "estimate":
-        from mmlong.cli.estimate import run_estimate
-
-        return run_estimate(rest)
-    if command == "mixers":
-        from mmlong.cli.tables import run_mixers
-
-        return run_mixers(rest)
-    if command == "diagnose":
-        from mmlong.cli.diagnose import run_diagnose
-
-        return run_diagnose(rest)
-    if command == "doctor":
-        from mmlong.cli.tables import run_doctor
-
-        return run_doctor(rest)
-    if command == "recipes":
-        from mmlong.cli.recipes import run_recipes
-
-        return run_recipes(rest)
-    from mmlong.registry import nearest
-
-    raise CommandError(f"there is no command {command!r}{nearest(command, COMMANDS)}; `mmlong --help` lists them")
+        raise CommandError(f"there is no command {command!r}{nearest(command, COMMANDS)}; `mmlong --help` lists them")
+    module, _, function = COMMANDS[command].partition(":")
+    run = getattr(importlib.import_module(f"mmlong.cli.{module}"), function)
+    return int(run(command, rest) if command in TRAINING else run(rest))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
