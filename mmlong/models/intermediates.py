@@ -123,14 +123,15 @@ def _layouts(model: Model, layout: Layout | None, length: int) -> list[Layout | 
         if s:
             merge: Any = backbone.merges[s - 1]
             layout, length = merge.layout_out(layout, length), -(-length // merge.k)
-        found += [None if getattr(part, "tokens_out", None) is not None else layout for part in stage]  # type: ignore[attr-defined]
+        parts: Any = stage
+        found += [None if getattr(part, "tokens_out", None) is not None else layout for part in parts]
     return found
 
 
 def _given(model: Model, index: int, x: Tensor, layout: Layout | None, norm: bool, output_fmt: str) -> Intermediate:
     backbone = model.backbone
     if norm:
-        (width,) = backbone.norm.normalized_shape
+        width = backbone.num_features
         if x.shape[-1] != width:
             raise ValueError(
                 f"the final norm is {width} wide, and part {index} of the backbone gives {x.shape[-1]}: ask for parts of the last stage, or leave norm false"

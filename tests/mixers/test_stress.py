@@ -211,6 +211,7 @@ DRIVEN: dict[str, str] = {
     "reformer": NONE,
     "rfa": BY_TOKEN,
     "routing": NONE,
+    "rwkv4_channel": NONE,
     "rwkv7": "its mechanism has none faster than e^-0.61",
     "sgconv": "filters fade over whole scales, by constants",
     "sinkhorn": NONE,
