@@ -131,7 +131,7 @@ def _layouts(model: Model, layout: Layout | None, length: int) -> list[Layout | 
 def _given(model: Model, index: int, x: Tensor, layout: Layout | None, norm: bool, output_fmt: str) -> Intermediate:
     backbone = model.backbone
     if norm:
-        width = backbone.num_features
+        width = next(backbone.norm.parameters()).numel()  # of one strand, where there are two
         if x.shape[-1] != width:
             raise ValueError(
                 f"the final norm is {width} wide, and part {index} of the backbone gives {x.shape[-1]}: ask for parts of the last stage, or leave norm false"
