@@ -40,7 +40,7 @@ look
 
 options
   -h, --help     this text; `mmlong COMMAND --help` says more
-  --version      print the version
+  --version      print the version, and the commit of a checkout
 """
 
 TRAINING = ("fit", "validate", "test", "predict")
@@ -82,8 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments[0] == "--version":
         import mmlong
+        from mmlong.measure.checkout import commit
 
-        print(f"mmlong {mmlong.__version__}")
+        found = commit()
+        print(f"mmlong {mmlong.__version__}{f' ({found})' if found else ''}")
         return 0
     command = arguments[0]
     try:

@@ -24,6 +24,7 @@ from mmlong.cli.predictions import PredictionWriter
 from mmlong.cli.runs import BEST, Resumed, command_line, new_run, resolve_checkpoint, write_json
 from mmlong.datamodules.errors import DataError
 from mmlong.measure import machine
+from mmlong.measure.checkout import commit
 from mmlong.models import save_model
 from mmlong.runs import CHECKPOINTS, CONFIG
 from mmlong.tasks import ArchitectureMismatchError, Task
@@ -333,7 +334,7 @@ class Engine:
             "skipped_samples": sum(getattr(self.cli.datamodule, "skipped", {}).values()),
             "data": data_told(self.cli.datamodule),
             "machine": machine.hardware(trainer.strategy.root_device.type),
-            "commit": machine.commit(),
+            "commit": commit(),
             "versions": {
                 "python": platform.python_version(),
                 **{name: version(name) for name in ("mmlong", "torch", "lightning")},

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from mmlong.measure.checkout import commit
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GEMM_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
@@ -88,21 +89,6 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    """The commit of the checkout this runs from, with ``+`` where files differ from it; ``None`` when there is none."""
-    home = Path(__file__).parents[2]
-    if not (home / ".git").exists():
-        return None
-    try:
-        found, changed = (
-            subprocess.run(["git", "-C", str(home), *words], capture_output=True, text=True, check=True).stdout.strip()
-            for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found + ("+" if changed else "")
 
 
 def hardware(device: str) -> dict[str, Any]:

@@ -136,3 +136,10 @@ def test_tables(mmlong: Call) -> None:
 
 def test_plain_leaves_an_ordinary_message_alone() -> None:
     assert plain("the backbone has 3 entries") == "the backbone has 3 entries"
+
+
+def test_the_version_names_the_commit_of_a_checkout(mmlong: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmlong.measure.checkout.commit", lambda: "0123abc+")
+    assert mmlong("--version") == (0, "mmlong 0.1.0 (0123abc+)\n")
+    monkeypatch.setattr("mmlong.measure.checkout.commit", lambda: None)
+    assert mmlong("--version") == (0, "mmlong 0.1.0\n")
