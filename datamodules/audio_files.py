@@ -246,7 +246,7 @@ class WavCodec:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
-        self.channels: int | None = None if storage.channels == 1 else storage.channels
+        self.lead = () if storage.channels == 1 else (storage.channels,)
 
     def read(self, member: Member, start: int, stop: int) -> np.ndarray:
         """Samples ``start`` to ``stop``."""
@@ -259,9 +259,10 @@ class WavCodec:
             raise BadSampleError(shard, "is cut short inside a sample", name) from error
         if self.storage.subtype == "PCM_16":
             wave /= 32768
-        if self.channels is None:
+        if not self.lead:
             return wave
-        if len(wave) % self.channels:
+        channels = self.storage.channels
+        if len(wave) % channels:
             shard, name = member.place
-            raise BadSampleError(shard, f"is cut short: {len(wave)} numbers of {self.channels} channels", name)
-        return np.ascontiguousarray(wave.reshape(-1, self.channels).T)
+            raise BadSampleError(shard, f"is cut short: {len(wave)} numbers of {channels} channels", name)
+        return np.ascontiguousarray(wave.reshape(-1, channels).T)

@@ -78,17 +78,17 @@ class Codec(Protocol):
     Attributes:
         extension: of the member.
         dtype: of the array.
-        channels: C, where a document is ``(C, T)``; ``None`` where it is ``(T,)``.
+        lead: axes of a document before its last: ``()`` where it is ``(T,)``, ``(C,)`` where it is ``(C, T)``.
         fill: value of padding, and of a sample that was skipped.
     """
 
     extension: str
     dtype: np.dtype
-    channels: int | None
+    lead: tuple[int, ...]
     fill: int
 
     def read(self, member: Member, start: int, stop: int) -> np.ndarray:
-        """Tokens ``start`` to ``stop`` of a document: ``(stop - start,)`` or ``(C, stop - start)``.
+        """Tokens ``start`` to ``stop`` of a document: ``(*lead, stop - start)``.
 
         Raises:
             BadSampleError: the bytes are not what they should be.
@@ -105,7 +105,7 @@ class Bytes:
     """
 
     dtype = np.dtype(np.uint8)
-    channels: int | None = None
+    lead: tuple[int, ...] = ()
 
     def __init__(self, extension: str, fill: int = 0) -> None:
         self.extension, self.fill = extension, fill

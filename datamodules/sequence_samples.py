@@ -2,7 +2,7 @@
 
 A batch is a dict, so that Lightning can move it to a device::
 
-    raw      (B, T) or (B, C, T)   the codec's dtype; right-padded to the longest of the batch
+    raw      (B, *lead, T)         the codec's dtype, its axes before the last; right-padded to the longest of the batch
     lengths  int64   (B,)          tokens of each row, where rows are uneven
     resets   bool    (B, T)        where a document begins; only of a stream of more than one document, and where one begins within a row or a state may come in
     continues bool   (B,)          whether a row goes on where that place of the batch before ended; only of a stream whose state is carried
@@ -13,6 +13,7 @@ A batch is a dict, so that Lightning can move it to a device::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,7 +79,7 @@ class SequenceSamples:
         self.labels = None if label is None or self.streamed else self.split.labels[label]
         self.augment = augment
         self.on_bad = on_bad
-        each = codec.dtype.itemsize * (codec.channels or 1)
+        each = codec.dtype.itemsize * math.prod(codec.lead)
         self.lengths = document_lengths(self.split)
         self.cache = SharedCache(self.lengths * each) if cache else None
         self._ids: dict[str, int] | None = None
@@ -105,12 +106,11 @@ class SequenceSamples:
             whole = self._decode(member, 0, int(self.lengths[document]))
             self.cache.put(document, whole)
             return whole[..., start:stop]
-        array = kept.view(self.codec.dtype)
-        return (array if self.codec.channels is None else array.reshape(self.codec.channels, -1))[..., start:stop]
+        return kept.view(self.codec.dtype).reshape(*self.codec.lead, -1)[..., start:stop]
 
     def _decode(self, member: Member, start: int, stop: int) -> np.ndarray:
         array = self.codec.read(member, start, stop)
-        shape = (stop - start,) if self.codec.channels is None else (self.codec.channels, stop - start)
+        shape = (*self.codec.lead, stop - start)
         if array.shape != shape:
             shard, name = member.place
             raise BadSampleError(shard, f"decodes to {array.shape}, should be {shape}", name)
@@ -170,8 +170,7 @@ class SequenceSamples:
         return array[..., : self.windows.longest]
 
     def _filled(self, length: int) -> np.ndarray:
-        shape = (length,) if self.codec.channels is None else (self.codec.channels, length)
-        return np.full(shape, self.codec.fill, self.codec.dtype)
+        return np.full((*self.codec.lead, length), self.codec.fill, self.codec.dtype)
 
     def _stack(self, rows: list[_Row]) -> Batch:
         lengths = [row.tokens.shape[-1] for row in rows]

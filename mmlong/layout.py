@@ -48,7 +48,7 @@ def scan_order(grid: tuple[int, ...], order: str = "raster") -> Tensor:
         grid: extent of each axis, e.g. ``(height, width)``; any sizes, not only powers of two.
         order: ``raster`` (last axis fastest), ``serpentine`` (every other line reversed, so that neighbours in the sequence are
             neighbours on the grid), ``morton`` (bits of the coordinates interleaved: aligned blocks are contiguous),
-            ``hilbert`` (2-d: blocks contiguous and neighbours adjacent), ``block_raster:K`` (blocks of side K in raster order, each
+            ``hilbert`` (blocks contiguous and, on a power-of-two cube, neighbours adjacent), ``block_raster:K`` (blocks of side K in raster order, each
             in raster order; those at the far edges may be smaller) or ``random:SEED`` (one fixed permutation, the same on every
             machine). ``pixels:ORDER`` unrolls all axes but the last by ``ORDER`` and the last, the numbers of a pixel, fastest.
 
@@ -57,7 +57,7 @@ def scan_order(grid: tuple[int, ...], order: str = "raster") -> Tensor:
         cached: do not write into it.
 
     Raises:
-        ValueError: for an unknown order, an empty grid, ``hilbert`` on a grid that is not 2-d, or ``pixels:`` on one of one axis.
+        ValueError: for an unknown order, an empty grid, or ``pixels:`` on a grid of one axis.
     """
     check_order(order)
     if not grid or any(n < 1 for n in grid):
@@ -89,11 +89,9 @@ def scan_order(grid: tuple[int, ...], order: str = "raster") -> Tensor:
         strides = torch.tensor([math.prod(grid[a + 1 :]) for a in range(len(grid))])
         return (shown * strides).sum(-1)
     if order == "morton":
-        return torch.argsort(_morton_code(coordinates), stable=True)
+        return torch.argsort(morton_code(coordinates), stable=True)
     if order == "hilbert":
-        if len(grid) != 2:
-            raise ValueError(f"the hilbert order is for 2-d grids, got {grid}")
-        return torch.argsort(_hilbert_code(coordinates, max(grid)), stable=True)
+        return torch.argsort(hilbert_code(coordinates), stable=True)
     code = torch.zeros_like(raster)  # block_raster
     side = torch.tensor([min(int(number), n) for n in grid])
     blocks = torch.tensor([-(-n // int(k)) for n, k in zip(grid, side, strict=True)])
@@ -125,32 +123,60 @@ def patch_index(grid: tuple[int, ...], order: str, sides: tuple[int, ...]) -> Te
     return place[(cells * strides).sum(-1)]
 
 
-def _morton_code(coordinates: Tensor) -> Tensor:
+def morton_code(coordinates: Tensor) -> Tensor:
+    """Place along the Z curve: bits of the coordinates interleaved.
+
+    Args:
+        coordinates: int64 ``(..., k)``, at least 0; ``k`` times their bits must fit in 63.
+
+    Returns:
+        int64 ``(...)``; cells that differ have codes that differ.
+    """
     axes = coordinates.shape[-1]
-    code = torch.zeros_like(coordinates[:, 0])
-    for bit in range(int(coordinates.max()).bit_length()):
+    code = torch.zeros_like(coordinates[..., 0])
+    for bit in range(_bits(coordinates)):
         for axis in range(axes):
             # The last axis takes the lowest bit, so a 2x2 block reads left to right, then down.
-            code |= ((coordinates[:, axis] >> bit) & 1) << (bit * axes + axes - 1 - axis)
+            code |= ((coordinates[..., axis] >> bit) & 1) << (bit * axes + axes - 1 - axis)
     return code
 
 
-def _hilbert_code(coordinates: Tensor, extent: int) -> Tensor:
-    """Distance along the Hilbert curve of the smallest enclosing power-of-two square (Hamilton's bit-wise walk)."""
-    y, x = coordinates[:, 0].clone(), coordinates[:, 1].clone()
-    side = 1 << max(extent - 1, 0).bit_length()
-    code = torch.zeros_like(x)
-    half = side // 2
-    while half:
-        right = (x & half) > 0
-        lower = (y & half) > 0
-        code += half * half * ((3 * right.long()) ^ lower.long())
-        mirrored = right & ~lower
-        x = torch.where(mirrored, side - 1 - x, x)
-        y = torch.where(mirrored, side - 1 - y, y)
-        x, y = torch.where(~lower, y, x), torch.where(~lower, x, y)
-        half //= 2
+def hilbert_code(coordinates: Tensor, bits: int | None = None) -> Tensor:
+    """Distance along the Hilbert curve of the smallest enclosing power-of-two cube, of any number of axes.
+
+    Skilling 2004, "Programming the Hilbert curve" (AIP Conf. Proc. 707), with the last axis first: in two dimensions the first step is along a row.
+
+    Args:
+        coordinates: int64 ``(..., k)``, at least 0; ``k`` times their bits must fit in 63.
+        bits: of the cube's side, at least those of the coordinates; the least there are unless given. Codes of one cube compare.
+
+    Returns:
+        int64 ``(...)``; neighbours along the curve are neighbours in the cube.
+    """
+    bits = _bits(coordinates) if bits is None else bits
+    x = list(coordinates.flip(-1).unbind(-1))
+    for bit in reversed(range(1, bits)):
+        side, low = 1 << bit, (1 << bit) - 1
+        for axis in range(len(x)):
+            far = (x[axis] & side) > 0
+            swapped = torch.where(far, 0, (x[0] ^ x[axis]) & low)
+            x[0] = torch.where(far, x[0] ^ low, x[0] ^ swapped)
+            if axis:
+                x[axis] = x[axis] ^ swapped
+    for axis in range(1, len(x)):
+        x[axis] = x[axis] ^ x[axis - 1]
+    turned = torch.zeros_like(x[0])
+    for bit in reversed(range(1, bits)):
+        turned = torch.where((x[-1] >> bit) & 1 > 0, turned ^ ((1 << bit) - 1), turned)
+    code = torch.zeros_like(x[0])
+    for bit in reversed(range(bits)):
+        for each in x:
+            code = (code << 1) | (((each ^ turned) >> bit) & 1)
     return code
+
+
+def _bits(coordinates: Tensor) -> int:
+    return int(coordinates.max()).bit_length() if coordinates.numel() else 0
 
 
 @dataclass(frozen=True, eq=False)

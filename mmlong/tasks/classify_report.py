@@ -43,7 +43,7 @@ class ClassifyReport(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
         """Keep some images of this batch: every mistake until there are enough, and right ones spread over the test."""
-        if not trainer.is_global_zero or not pl_module.test_rows or batch["raw"].ndim != 4:
+        if not trainer.is_global_zero or not pl_module.test_rows or pl_module.model.modality.kind != "image":
             return  # a sheet is of images
         _, labels, probabilities = pl_module.test_rows[-1]
         images = batch["raw"][pl_module.counted(batch)].cpu()
