@@ -21,8 +21,8 @@ COUNT = 5000
 SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
 
 
-def load(file: Path | None = None) -> ImageSource:
-    """Read the digits.
+def read_table(file: Path | None = None) -> np.ndarray:
+    """uint8 ``(5000, 785)``: the pixels of each digit row by row, then which it is.
 
     Args:
         file: the ``.csv.gz``; that of the installed package if not given.
@@ -39,9 +39,14 @@ def load(file: Path | None = None) -> ImageSource:
     table = np.array([line.split(b",") for line in gzip.decompress(data).split()], dtype=np.uint8)
     if table.shape != (COUNT, 785):
         raise DataError(file, f"holds a table of {table.shape}, should be {(COUNT, 785)}")
+    return table
+
+
+def load(file: Path | None = None) -> ImageSource:
+    """List the digits. Argument and errors: see :func:`read_table`."""
     items = [
         Item(f"row {place}", {"digit": int(row[784])}, partial(Image.fromarray, row[:784].reshape(28, 28)))
-        for place, row in enumerate(table)
+        for place, row in enumerate(read_table(file))
     ]
     return ImageSource("mnist5k", KNOWN.source, KNOWN.licence, KNOWN.labels, "digit", items)
 

@@ -1,4 +1,4 @@
-"""Raw tensors as files that people open: pictures, sounds, sequences, texts."""
+"""Raw tensors as files that people open: pictures, videos, sounds, sequences, texts; arrays of what is none of these."""
 
 from __future__ import annotations
 
@@ -26,16 +26,9 @@ def write_samples(modality: Modality, raw: Tensor, folder: Path, stem: str = "sa
         stem: of the names.
 
     Returns:
-        the files: one PNG sheet of all images, one WAV a sound, one FASTA of all sequences, one text a row (bytes as they are), one file a row of codes (whole numbers with spaces between).
-
-    Raises:
-        ValueError: a kind of modality that makes no files.
+        the files: one PNG sheet of all images, one animated GIF a video, one WAV a sound, one FASTA of all sequences, one text a row (bytes as they are), one file a row of codes (whole numbers with spaces between); of any other kind one ``.npy`` of the batch.
     """
-    writer = WRITERS.get(modality.kind)
-    if writer is None:
-        raise ValueError(
-            f"{type(modality).__name__} is of kind {modality.kind!r}; files are made of: {', '.join(WRITERS)}"
-        )
+    writer = WRITERS.get(modality.kind, _arrays)
     folder.mkdir(parents=True, exist_ok=True)
     return writer(modality, raw.cpu(), folder, stem)
 
@@ -68,6 +61,22 @@ def _images(modality: Modality, raw: Tensor, folder: Path, stem: str) -> list[Pa
     sheet = image_sheet(raw)
     picture = Image.fromarray(sheet[0] if sheet.shape[0] == 1 else np.ascontiguousarray(sheet.transpose(1, 2, 0)))
     return [_whole(folder / f"{stem}.png", picture.save)]
+
+
+def _videos(modality: Modality, raw: Tensor, folder: Path, stem: str) -> list[Path]:
+    from PIL import Image
+
+    found = []
+    for place, video in enumerate(raw.numpy()):  # (C, F, H, W)
+        shown = video[0] if len(video) == 1 else np.ascontiguousarray(video.transpose(1, 2, 3, 0))
+        first, *rest = [Image.fromarray(frame) for frame in shown]
+        save = partial(first.save, save_all=True, append_images=rest, duration=100, loop=0)
+        found.append(_whole(folder / f"{stem}-{place}.gif", save))
+    return found
+
+
+def _arrays(modality: Modality, raw: Tensor, folder: Path, stem: str) -> list[Path]:
+    return [_whole(folder / f"{stem}.npy", partial(np.save, arr=raw.numpy(), allow_pickle=False))]
 
 
 def _sounds(modality: Modality, raw: Tensor, folder: Path, stem: str) -> list[Path]:
@@ -109,6 +118,7 @@ def _codes(modality: Modality, raw: Tensor, folder: Path, stem: str) -> list[Pat
 
 WRITERS: dict[str, Callable[[Modality, Tensor, Path, str], list[Path]]] = {
     "image": _images,
+    "video": _videos,
     "audio": _sounds,
     "genome": _sequences,
     "text": _texts,

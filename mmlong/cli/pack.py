@@ -21,6 +21,7 @@ examples:
   mmlong pack text notes/ packed/ --unlabelled        every file a document, whatever it holds
   mmlong pack audio drums/ packed/ --rate 44100 --mono  sounds of any kind, one sub-folder a class
   mmlong pack jsonl posts.jsonl packed/ --field body  every line a document
+  mmlong pack array clouds/ packed/                   .npy arrays of any one type, one sub-folder a class
   mmlong pack fasta hg38.fa packed/ --bed peaks.bed   DNA by intervals (--labels: CSV of name,label[,split])
   mmlong pack stdlib packed/                          a known source: its own splits, source and licence
   mmlong pack elpv packed/                            another: 2,624 solar cells (pip install "mmlong[data]")

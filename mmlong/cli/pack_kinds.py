@@ -127,12 +127,22 @@ def _genome_options(group: Parser) -> None:
     )
 
 
+# arrays
+
+
+def _array(args: argparse.Namespace) -> SequenceSource:
+    from mmlong.datamodules.array_folders import array_folder
+
+    return array_folder(args.paths[0], args.labels, not args.unlabelled, args.licence)
+
+
 KINDS: dict[str, Kind] = {
     "image": Kind("image", _image, "a folder of images"),
     "text": Kind("text", _text, "a text file, or a folder of them"),
     "jsonl": Kind("text", _jsonl, "a JSONL, a text in each line"),
     "audio": Kind("audio", _audio, "a folder of sounds"),
     "fasta": Kind("genome", _fasta, "a FASTA of DNA; --labels is a CSV of name,label[,split]"),
+    "array": Kind("array", _array, "a folder of .npy arrays (..., T) of one type, for any modality"),
     "npz": Kind("genome", _npz, "an npz of DNA sequences and labels"),
 }
 OPTIONS: dict[str, Callable[[Parser], None]] = {

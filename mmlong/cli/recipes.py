@@ -1,14 +1,17 @@
 """Recipes: YAML files by path or by name, merged left to right.
 
 ``image/cells256`` is looked for as a real file first, then among the packaged ``mmlong.configs``, then in
-``mmlong.experiments``. Mappings are merged key by key; anything else (lists too) is replaced by the later file's.
+``mmlong.experiments``, then in other people's packages: an entry point ``acme = "acme_models.recipes"`` of the group ``mmlong.recipes`` names a package whose YAML files are the
+recipes ``acme/...``. Mappings are merged key by key; anything else (lists too) is replaced by the later file's.
 Files are read with YAML's safe loader; the classes they name are imported later, so a recipe is code: run those you trust.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import re
+import warnings
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -20,6 +23,7 @@ from mmlong.cli.errors import CommandError
 from mmlong.registry import nearest
 
 PACKAGES = ("mmlong.configs", "mmlong.experiments")
+GROUP = "mmlong.recipes"
 
 
 class _Loader(yaml.SafeLoader):
@@ -43,9 +47,24 @@ def _walk(folder: Traversable, prefix: str = "") -> dict[str, Traversable]:
     return found
 
 
-def packaged() -> dict[str, Traversable]:
-    """Name to file of every recipe that comes with mmlong; configs hide experiments of the same name."""
+def others() -> dict[str, Traversable]:
+    """Name to file of every recipe of other people's packages, after the name of its entry point."""
     found: dict[str, Traversable] = {}
+    for point in importlib.metadata.entry_points(group=GROUP):
+        try:
+            found |= _walk(files(point.value), f"{point.name}/")
+        except (ImportError, TypeError, OSError) as error:
+            # One broken package of somebody's must not take every other recipe down with it.
+            warnings.warn(
+                f"recipes of plug-in {point.name} ({point.value}) cannot be listed: {error}; the entry point names a package, a folder with an __init__.py",
+                stacklevel=2,
+            )
+    return found
+
+
+def packaged() -> dict[str, Traversable]:
+    """Name to file of every recipe that is installed; mmlong's configs hide its experiments, and both other people's recipes, of the same name."""
+    found = others()
     for package in reversed(PACKAGES):
         found |= _walk(files(package))
     return dict(sorted(found.items()))

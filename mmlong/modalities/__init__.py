@@ -8,9 +8,12 @@ from mmlong.modalities.genome import GenomeModality
 from mmlong.modalities.image import ImageModality
 from mmlong.modalities.image_bytes import ImageBytesModality
 from mmlong.modalities.image_palette import ImagePaletteModality, fit_palette
+from mmlong.modalities.points import PointsModality
+from mmlong.modalities.series import SeriesModality
 from mmlong.modalities.text import TextModality
 from mmlong.modalities.timm_patches import TimmPatchesModality
 from mmlong.modalities.tokens import TokensModality
+from mmlong.modalities.video import VideoModality
 
 __all__ = [
     "MODALITIES",
@@ -21,9 +24,12 @@ __all__ = [
     "ImagePaletteModality",
     "Modality",
     "MuLawModality",
+    "PointsModality",
+    "SeriesModality",
     "TextModality",
     "TimmPatchesModality",
     "TokensModality",
+    "VideoModality",
     "create_modality",
     "fit_palette",
     "register_modality",

@@ -27,6 +27,21 @@ def looks() -> bool:
     return not torch.compiler.is_exporting()
 
 
+def row_layout(
+    batch: int, length: int, lengths: Tensor | None, resets: Tensor | None = None
+) -> tuple[Layout, Tensor | None]:
+    """The layout of right-padded rows, checked, and bool ``(B, L)`` where they are valid (``None``: everywhere).
+
+    Raises:
+        ValueError: lengths or resets of another type, batch or length, or lengths outside ``0 .. length``.
+    """
+    layout = Layout(lengths=lengths, resets=resets)
+    layout.check(batch, length)
+    if lengths is not None and looks() and bool(((lengths < 0) | (lengths > length)).any()):
+        raise ValueError(f"lengths must be 0 .. {length}, got {lengths.tolist()}")
+    return layout, layout.valid(length)
+
+
 class Modality(nn.Module):
     """Base of every modality.
 
@@ -34,10 +49,11 @@ class Modality(nn.Module):
         dim: width D that :meth:`embed` makes.
 
     Attributes:
-        kind: what its raw tensors are, and so which files they make: ``image``, ``audio``, ``genome``, ``text``.
+        kind: what its raw tensors are, and so which files they make (:mod:`mmlong.samples`): ``image``, ``audio``, ``genome``, ``text``, ``video``, or any other.
         unit: what one token is, for people: ``pixel``, ``sample``, ``nucleotide``, ``byte``.
         codes: how many integer codes there are where tokens are ``(B, L)``; ``None`` where they are real vectors ``(B, L, C)``.
         channels: C, numbers of raw data that one token holds: what bits per dimension divides by.
+        unordered: whether the raw tensor's last axis has no order (a set): whichever order it comes in, :meth:`encode` makes the same tokens.
         levels: values that each number can take (256 for bytes), which a density needs to be a probability; ``None`` where it is not quantised.
     """
 
@@ -46,6 +62,7 @@ class Modality(nn.Module):
     codes: int | None = None
     channels: int = 1
     levels: int | None = None
+    unordered: bool = False
 
     def __init__(self, dim: int) -> None:
         super().__init__()

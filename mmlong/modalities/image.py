@@ -25,7 +25,7 @@ class ImageModality(PixelModality):
     levels = 256
 
     def __init__(
-        self, dim: int, size: list[int] | tuple[int, int], channels: int = 1, order: str = "morton", bands: int = 6
+        self, dim: int, size: list[int] | tuple[int, ...], channels: int = 1, order: str = "morton", bands: int = 6
     ) -> None:
         super().__init__(dim, size, channels, order, bands)
         self.channels = channels

@@ -1,7 +1,7 @@
 """What every image modality shares: the scan order by which pixels become a sequence, its inverse, and positions known to the model.
 
 An image ``(B, C, H, W)`` is unrolled pixel by pixel in a scan order of :func:`mmlong.layout.scan_order`, of any height and width. Where a pixel stands is told by
-Fourier features of its row and column (Tancik et al. 2020), projected; a modality adds them to what the pixel is.
+Fourier features of its row and column (Tancik et al. 2020), projected; a modality adds them to what the pixel is. A video ``(B, C, F, H, W)`` is the same with one axis more.
 """
 
 from __future__ import annotations
@@ -38,30 +38,33 @@ class PixelModality(Modality):
 
     Args:
         dim: width D.
-        size: ``[H, W]``, any sizes.
+        size: ``[H, W]`` (of a video ``[F, H, W]``), any sizes.
         channels: numbers of a pixel, 1 (grey) or 3 (RGB).
         order: scan order, see :func:`mmlong.layout.scan_order`.
         bands: octaves of the Fourier position features.
 
     Attributes:
-        image: shape ``(C, H, W)`` of an image.
+        image: shape ``(C, *size)`` of an image.
+        thing, axes: what is read, in words, and the names of the axes of its size.
     """
 
     kind = "image"
     unit = "pixel"
+    thing = "an image"
+    axes: tuple[str, ...] = ("H", "W")
     order_index: Tensor
     inverse_index: Tensor
     features: Tensor
 
     def __init__(
-        self, dim: int, size: list[int] | tuple[int, int], channels: int = 1, order: str = "morton", bands: int = 6
+        self, dim: int, size: list[int] | tuple[int, ...], channels: int = 1, order: str = "morton", bands: int = 6
     ) -> None:
         super().__init__(dim)
-        if len(size) != 2 or min(size) < 1:
-            raise ValueError(f"image size is [H, W], got {list(size)}")
+        if len(size) != len(self.axes) or min(size) < 1:
+            raise ValueError(f"the size of {self.thing} is [{', '.join(self.axes)}], got {list(size)}")
         if channels < 1:
-            raise ValueError(f"an image has at least 1 channel, got {channels}")
-        self.size = (int(size[0]), int(size[1]))
+            raise ValueError(f"{self.thing} has at least 1 channel, got {channels}")
+        self.size = tuple(int(n) for n in size)
         self.image = (channels, *self.size)
         self.order = order
         index = scan_order(self.size, order).clone()  # the cached one is everybody's
@@ -73,8 +76,8 @@ class PixelModality(Modality):
 
     @property
     def pixels(self) -> int:
-        """``H * W``."""
-        return self.size[0] * self.size[1]
+        """How many there are, ``H * W``."""
+        return math.prod(self.size)
 
     def tokens_per_sample(self) -> int:
         """``H * W``, a token a pixel."""
@@ -97,12 +100,13 @@ class PixelModality(Modality):
             ValueError: another shape than ``(B, channels, *size)``, or lengths or resets: an image is whole.
         """
         if lengths is not None or resets is not None:
-            raise ValueError("images are whole and one a row: they take neither lengths nor resets")
+            raise ValueError(f"{self.thing} is whole and alone in its row: it takes neither lengths nor resets")
         if raw.dtype != torch.uint8:
-            raise TypeError(f"an image is uint8 (B, C, H, W), got {raw.dtype}: scale floats to 0..255 and round")
-        if raw.ndim != 4 or tuple(raw.shape[1:]) != self.image:
+            axes = ", ".join(("B", "C", *self.axes))
+            raise TypeError(f"{self.thing} is uint8 ({axes}), got {raw.dtype}: scale floats to 0..255 and round")
+        if tuple(raw.shape[1:]) != self.image:
             wanted = ", ".join(str(n) for n in self.image)
-            raise ValueError(f"this model reads images (B, {wanted}), got {tuple(raw.shape)}")
+            raise ValueError(f"this model reads {self.kind}s (B, {wanted}), got {tuple(raw.shape)}")
 
     def roll(self, pixels: Tensor) -> Tensor:
         """The inverse of :meth:`unroll`: ``(B, H * W, C)`` to ``(B, C, H, W)``.
@@ -112,7 +116,7 @@ class PixelModality(Modality):
         """
         if pixels.ndim != 3 or tuple(pixels.shape[1:]) != (self.pixels, self.image[0]):
             raise ValueError(
-                f"an image is decoded from its {self.pixels} pixels of {self.image[0]} numbers each, got tokens for {tuple(pixels.shape)}"
+                f"{self.thing} is decoded from its {self.pixels} {self.unit}s of {self.image[0]} numbers each, got tokens for {tuple(pixels.shape)}"
             )
         return pixels.transpose(1, 2)[:, :, self.inverse_index].unflatten(2, self.size).contiguous()
 
@@ -123,7 +127,7 @@ class PixelModality(Modality):
             ValueError: more or fewer pixels than the image has, where no index says which.
         """
         if index is None and length != self.pixels:
-            raise ValueError(f"this model embeds whole images of {self.pixels} pixels, got {length}")
+            raise ValueError(f"this model embeds whole {self.kind}s of {self.pixels} {self.unit}s, got {length}")
         features = self.features[None] if index is None else self.features[index]
         return self.place(features.to(self.place.weight.dtype))
 

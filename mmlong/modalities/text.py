@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmlong.layout import Layout
-from mmlong.modalities.contract import Modality, looks, register_modality
+from mmlong.modalities.contract import Modality, register_modality, row_layout
 
 
 @register_modality("text")
@@ -45,11 +45,7 @@ class TextModality(Modality):
             raise TypeError(f"text is uint8 (B, T), one byte a token; got {raw.dtype}: give the bytes of its encoding")
         if raw.ndim != 2 or raw.shape[1] < 1:
             raise ValueError(f"text is uint8 (B, T) with T >= 1, one byte a token; got {tuple(raw.shape)}")
-        layout = Layout(lengths=lengths, resets=resets)
-        layout.check(*raw.shape)
-        if lengths is not None and looks() and bool(((lengths < 0) | (lengths > raw.shape[1])).any()):
-            raise ValueError(f"lengths must be 0 .. {raw.shape[1]}, got {lengths.tolist()}")
-        valid = layout.valid(raw.shape[1])
+        layout, valid = row_layout(*raw.shape, lengths, resets)
         return (raw if valid is None else torch.where(valid, raw, 0)).long(), layout
 
     def decode(self, tokens: Tensor, layout: Layout | None = None) -> Tensor:

@@ -27,6 +27,7 @@ MODALITY_PROPERTIES: tuple[Property, ...] = (
     Property("rows", tokens.rows_are_encoded_alone),
     Property("padding", tokens.padding_changes_nothing, lambda s: s.takes(s.module())[0]),
     Property("resets", tokens.documents_are_encoded_alone, lambda s: s.takes(s.module())[1]),
+    Property("set", tokens.order_of_a_set_changes_nothing, lambda s: s.module().unordered),
     Property("refusals", tokens.what_is_outside_is_refused),
     Property("values", vectors.values_know_no_place),
     Property("places", vectors.places_go_by_the_index),
@@ -58,7 +59,7 @@ def check_modality(
         device: where to run.
 
     Returns:
-        names of the properties that were checked: all, but those that its examples exclude (no lengths, no resets) or ``only`` leaves out.
+        names of the properties that were checked: all, but those that it excludes (no lengths, no resets, not a set) or ``only`` leaves out.
 
     Raises:
         ConformanceError: (an ``AssertionError``) names the first property that does not hold, where, and by how much.

@@ -95,6 +95,8 @@ def decode_gives_the_raw_back(s: ModalitySubject) -> None:
             raw, lengths, resets = given
             tokens, layout = s.encode(module, given, what)
             found = s.decode(module, tokens, layout, what)
+            if module.unordered and found.shape == raw.shape:
+                raw, found = (_sorted(t, lengths) for t in (raw, found))
             if found.dtype != raw.dtype or found.shape != raw.shape:
                 s.fail(
                     f"{what}: decode gives {short(found.dtype)} {tuple(found.shape)}, the raw tensor was "
@@ -106,6 +108,37 @@ def decode_gives_the_raw_back(s: ModalitySubject) -> None:
             again, _ = s.encode(module, (torch.where(valid, found, raw), lengths, resets), f"{what}, decoded once")
             kept = s.valid(layout, tokens.shape[1], batch).view(*tokens.shape[:2], *[1] * (tokens.ndim - 2))
             s.agree(again.where(kept, 0), tokens.where(kept, 0), f"{what}: tokens of what was decoded", tol=0.0)
+
+
+def _sorted(raw: Tensor, lengths: Tensor | None) -> Tensor:
+    """``raw (B, ..., T)`` with what is valid of each row in the order of its numbers, the first foremost."""
+    rows = []
+    for row, length in zip(raw, [raw.shape[-1]] * len(raw) if lengths is None else lengths.tolist(), strict=True):
+        columns = row[..., :length].flatten(0, -2).T.tolist()
+        order = torch.tensor(sorted(range(length), key=columns.__getitem__), dtype=torch.long, device=raw.device)
+        rows.append(torch.cat([row[..., order], row[..., length:]], -1))
+    return torch.stack(rows)
+
+
+def order_of_a_set_changes_nothing(s: ModalitySubject) -> None:
+    """What is valid of a row, in any order: the very same tokens and layout."""
+    module = s.module()
+    for length in LENGTHS:
+        raw, lengths, _ = s.uneven(module, 3, length)
+        # Some alike, so that what is done about equal ones shows.
+        raw[..., length // 2] = raw[..., 0]
+        tokens, layout = s.encode(module, (raw, lengths, None), f"length {length}")
+        for seed in range(3):
+            draw, mixed = torch.Generator().manual_seed(seed), raw.clone()
+            for row, valid in enumerate([length] * 3 if lengths is None else lengths.tolist()):
+                order = torch.randperm(valid, generator=draw).to(s.device)
+                mixed[row, ..., :valid] = raw[row][..., order]
+            found, place = s.encode(module, (mixed, lengths, None), f"length {length}, in another order")
+            s.agree(found, tokens, f"length {length}: tokens of the set in another order", tol=0.0)
+            for name in ("lengths", "positions"):
+                there, here = getattr(place, name), getattr(layout, name)
+                if (there is None) != (here is None) or (here is not None and not torch.equal(there, here)):
+                    s.fail(f"length {length}: layout.{name} of the set in another order is another")
 
 
 def _close(s: ModalitySubject, found: Tensor, raw: Tensor, valid: Tensor, allowed: Tensor | float, what: str) -> None:
