@@ -38,6 +38,9 @@ look
   diagnose   mmlong diagnose mamba2 attention --json found.json   what a mechanism can do: recall, copying, state tracking
   doctor     versions, threads, and which backend each mixer takes on this machine
 
+extend
+  new-modality  mmlong new-modality radar                         write a modality, its test and a recipe, to be changed
+
 options
   -h, --help     this text; `mmlong COMMAND --help` says more
   --version      print the version, and the commit of a checkout
@@ -60,6 +63,7 @@ COMMANDS: dict[str, str] = {
     "mixers": "tables:run_mixers",
     "diagnose": "diagnose:run_diagnose",
     "doctor": "tables:run_doctor",
+    "new-modality": "new_modality:run_new_modality",
 }
 """Module of this package and function that a command calls with the words behind it; training's is told the command as well."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mmlong.modalities.audio import AudioModality, MuLawModality
-from mmlong.modalities.contract import MODALITIES, Modality, create_modality, register_modality
+from mmlong.modalities.contract import MODALITIES, Modality, create_modality, register_modality, row_layout
 from mmlong.modalities.genome import GenomeModality
 from mmlong.modalities.image import ImageModality
 from mmlong.modalities.image_bytes import ImageBytesModality
@@ -33,4 +33,5 @@ __all__ = [
     "create_modality",
     "fit_palette",
     "register_modality",
+    "row_layout",
 ]
