@@ -1,6 +1,6 @@
 """Handwritten digits as point clouds: the inked pixels of the 5,000 MNIST digits of `mmlong.datamodules.mnist5k`, each a point in the plane with its grey level.
 
-float32 ``(3, N)``: x to the right and y upwards, both in [-1, 1], and the grey level in (0, 1]; N from 34 to 351. A cloud is a set, so its points come in an order drawn from the digit's number. The splits are those of ``mnist5k``.
+float32 ``(3, N)``: x to the right and y upwards, both in [-1, 1], and the grey level in (0, 1]; N from 46 to 303. A cloud is a set, so its points come in an order drawn from the digit's number. The splits are those of ``mnist5k``.
 """
 
 from __future__ import annotations

@@ -94,10 +94,23 @@ class Placeless(Twin):
         return (*super().example(batch, length, generator)[:2], None)
 
 
+class Bag(Placeless):
+    """A set of steps: the least first."""
+
+    unordered = True
+
+    def encode(self, raw, lengths=None, resets=None):
+        codes, layout = super().encode(raw, lengths, resets)
+        valid = layout.valid(codes.shape[1])
+        return self.blank((codes if valid is None else codes.where(valid, 99)).sort(1).values, layout), layout
+
+
 def test_sound_modalities_pass() -> None:
-    assert check_modality(Twin) == MODALITY_PROPERTY_NAMES
-    assert check_modality(Coarse, dims=(4, 8)) == MODALITY_PROPERTY_NAMES
-    assert set(check_modality(Placeless)) == set(MODALITY_PROPERTY_NAMES) - {"resets"}
+    ordered = tuple(name for name in MODALITY_PROPERTY_NAMES if name != "set")
+    assert check_modality(Twin) == ordered
+    assert check_modality(Coarse, dims=(4, 8)) == ordered
+    assert set(check_modality(Placeless)) == set(ordered) - {"resets"}
+    assert set(check_modality(Bag)) == set(MODALITY_PROPERTY_NAMES) - {"resets"}
 
 
 # Faults: the property that refuses each, and a word of what it must say
@@ -419,6 +432,34 @@ class Truncates(Picture):
 
     def decode(self, tokens, layout=None):
         return self.roll(((tokens.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8))
+
+
+class Ordered(Placeless):
+    """Says that it is a set and keeps the order that it is given."""
+
+    breaks = "set", "tokens of the set in another order"
+    unordered = True
+
+
+class SortsPadding(Placeless):
+    """Sorts what is past a row's length among the rest."""
+
+    breaks = "rows", "in the batch against by itself"
+    unordered = True
+
+    def encode(self, raw, lengths=None, resets=None):
+        codes, layout = super().encode(raw, lengths, resets)
+        return codes.sort(1).values, layout
+
+
+class LosesOne(Bag):
+    """A set of which equal ones are one."""
+
+    breaks = "round trip", "first wrong at index"
+
+    def decode(self, tokens, layout=None):
+        raw = super().decode(tokens, layout)
+        return raw.where(torch.cat([raw[:, :1] == raw[:, :1], raw.diff(dim=1) != 0], 1), 15)
 
 
 def faults() -> list[Any]:
