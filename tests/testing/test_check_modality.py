@@ -444,7 +444,7 @@ class Ordered(Placeless):
 class SortsPadding(Placeless):
     """Sorts what is past a row's length among the rest."""
 
-    breaks = "rows", "in the batch against by itself"
+    breaks = "round trip", "first wrong at index"
     unordered = True
 
     def encode(self, raw, lengths=None, resets=None):
