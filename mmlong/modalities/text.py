@@ -45,7 +45,7 @@ class TextModality(Modality):
             raise TypeError(f"text is uint8 (B, T), one byte a token; got {raw.dtype}: give the bytes of its encoding")
         if raw.ndim != 2 or raw.shape[1] < 1:
             raise ValueError(f"text is uint8 (B, T) with T >= 1, one byte a token; got {tuple(raw.shape)}")
-        layout, valid = row_layout(*raw.shape, lengths, resets)
+        layout, valid = row_layout(raw.shape[0], raw.shape[1], lengths, resets)
         return (raw if valid is None else torch.where(valid, raw, 0)).long(), layout
 
     def decode(self, tokens: Tensor, layout: Layout | None = None) -> Tensor:
