@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -21,10 +22,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from mmlong.cli.errors import CommandError
 from mmlong.cli.predictions import PredictionWriter
-from mmlong.cli.runs import BEST, Resumed, command_line, new_run, resolve_checkpoint, write_json
+from mmlong.cli.runs import BEST, Resumed, command_line, new_run, resolve_checkpoint, tell_story, write_json
 from mmlong.datamodules.errors import DataError
 from mmlong.measure import machine
 from mmlong.measure.checkout import commit
+from mmlong.measure.machine import describe as describe_machine
 from mmlong.models import save_model
 from mmlong.runs import CHECKPOINTS, CONFIG
 from mmlong.tasks import ArchitectureMismatchError, Task
@@ -111,12 +113,18 @@ class Engine:
         config: the merged recipes.
         overrides: arguments of the command line, which win over the recipes.
         shown: the whole command, to be kept in the summary.
+        recipes: what was merged, each recipe's content by its name, to be kept beside the configuration.
     """
 
-    def __init__(self, command: str, config: dict[str, Any], overrides: list[str], shown: list[str]) -> None:
+    def __init__(
+        self, command: str, config: dict[str, Any], overrides: list[str], shown: list[str], recipes: dict[str, Any]
+    ) -> None:
         self.command = command
         self.arguments = [f"--config={json.dumps(config)}", *overrides]
+        self.overrides = overrides
+        self.recipes = recipes
         self.shown = shown
+        self.begun = time.time()
         self.meter = Meter()
         self.resumed: Resumed | None = None
         self.run_dir = Path()
@@ -234,6 +242,7 @@ class Engine:
     def _fit(self) -> int:
         trainer, task, data = self.cli.trainer, self.cli.model, self.cli.datamodule
         self._save_config()
+        self._tell_story(trainer, task, data)
         begun = "" if self.resumed is None else f"; going on from {self.resumed.checkpoint}"
         self._say(f"run folder: {self.run_dir}{begun}")
         if self.resumed is not None and 0 < trainer.max_steps <= step_of(self.resumed.checkpoint):
@@ -287,8 +296,8 @@ class Engine:
             self.cli.model, datamodule=self.cli.datamodule, ckpt_path=self.resumed.checkpoint, weights_only=True,
             return_predictions=False,
         )  # fmt: skip
-        writer = next(c for c in trainer.callbacks if isinstance(c, PredictionWriter))  # type: ignore[attr-defined]
-        self._say(f"{writer.rows:,} predictions in {writer.path}, from {self.resumed.checkpoint}")
+        table = next(c for c in trainer.callbacks if isinstance(c, PredictionWriter)).table  # type: ignore[attr-defined]
+        self._say(f"{table.rows:,} predictions in {table.path}, from {self.resumed.checkpoint}")
         return 0
 
     # what is left behind
@@ -303,6 +312,28 @@ class Engine:
         if path.exists() and path.read_text() != text and self.resumed is not None:
             path = self.run_dir / f"config-from-{self.resumed.checkpoint.stem}.yaml"
         path.write_text(text)
+
+    @rank_zero_only
+    def _tell_story(self, trainer: pl.Trainer, task: Task, data: Any) -> None:
+        device = trainer.strategy.root_device.type
+        named = ("dataset_name", "source", "licence", "label")
+        tell_story(
+            self.run_dir,
+            {
+                "command": command_line(self.shown),
+                "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.begun)),
+                "from": None if self.resumed is None else str(self.resumed.checkpoint),
+                "machine": {"device": str(trainer.strategy.root_device), **describe_machine(device, 0)},
+            },
+            {
+                "recipe": self.settings.recipe,
+                "recipes": self.recipes,
+                "overrides": self.overrides,
+                "data": {name: getattr(data, name, None) for name in named},
+                "class_names": task.class_names,
+                "task": type(task).__name__,
+            },
+        )
 
     @rank_zero_only
     def _draw(self) -> None:
@@ -324,6 +355,9 @@ class Engine:
             **{key: round(float(value), 6) for key, value in tested.items()},
             "steps": trainer.global_step,
             "train_seconds": round(self.meter.seconds, 1),
+            "train_cpu_seconds": None if self.meter.cpu_seconds is None else round(self.meter.cpu_seconds, 1),
+            "command_seconds": round(time.time() - self.begun, 1),
+            "tokens": self.meter.tokens,
             "tokens_per_sample": length,
             "tokens_per_second": round(self.meter.average_rate),
             "parameters": task.model.num_parameters(),
@@ -355,6 +389,7 @@ class Engine:
             name for name in ("loss.png", "confusion.png", "predictions.png") if (self.run_dir / name).is_file()
         ]
         pictures += sorted(path.name for path in self.run_dir.glob("samples*"))
+        pictures += [f"{name}/" for name in ("examples",) if (self.run_dir / name).is_dir()]
         lines.append(f"in {self.run_dir}: {', '.join(['summary.json', 'metrics.csv', 'model.safetensors', *pictures])}")
         self._say("\n".join(lines))
 

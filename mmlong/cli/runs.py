@@ -14,6 +14,7 @@ from mmlong.cli.errors import CommandError
 from mmlong.runs import CHECKPOINTS, is_run, model_folder, runs_of
 
 BEST = "best.ckpt"
+STORY = "run.json"
 _ENV = "MMLONG_RUN_DIR"
 
 
@@ -159,6 +160,24 @@ def new_run(recipe: str, root: Path, given: str | None) -> Path:
         raise CommandError(f"cannot make the run folder {run}: {error.strerror}", status=1) from error
     os.environ[_ENV] = str(run)
     return run
+
+
+def tell_story(run: Path, part: dict[str, Any], told: dict[str, Any]) -> None:
+    """Write ``run.json``: what the run was to be, and every command that worked on it; a report needs it where the run did not come to its end.
+
+    Args:
+        run: its folder.
+        part: what is true of this command: when it began, on which machine, from which checkpoint.
+        told: what is true of the run, the recipes and the data; that of its first command stays.
+    """
+    path = run / STORY
+    try:
+        before = json.loads(path.read_text()) if path.is_file() else {}
+        parts = list(before.get("parts", []))
+    except (ValueError, AttributeError, TypeError, OSError):
+        print(f"{path} is damaged and written anew")
+        before, parts = {}, []
+    write_json(path, {**told, **before, "parts": [*parts, part]})
 
 
 def command_line(arguments: list[str]) -> str:

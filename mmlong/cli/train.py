@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmlong.cli.errors import CommandError
-from mmlong.cli.recipes import load_recipes, main_recipes, packaged
+from mmlong.cli.recipes import load_recipe, load_recipes, main_recipes, packaged
 from mmlong.cli.runs import resolve_run
 from mmlong.registry import nearest
 from mmlong.runs import CONFIG
@@ -76,10 +76,11 @@ def run_training(command: str, argv: list[str]) -> int:
         )
     hush()
     config = load_recipes(names)
+    recipes = dict(load_recipe(name) for name in names)
     check_config(config, overrides, " + ".join(names))
     from mmlong.cli.engine import Engine
 
-    return Engine(command, config, overrides, shown=["mmlong", command, *argv]).run()
+    return Engine(command, config, overrides, shown=["mmlong", command, *argv], recipes=recipes).run()
 
 
 def split_arguments(command: str, argv: list[str]) -> tuple[list[str], list[str]]:

@@ -1,4 +1,4 @@
-"""What a test of a classifier leaves in the run folder: a confusion matrix, and images with truth and prediction."""
+"""What a test of a classifier leaves in the run folder: a confusion matrix, ``predictions.csv``, and a few samples with truth and prediction."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from torch import Tensor
 
+from mmlong.tasks.examples import Example, write_examples
 from mmlong.training.pictures import draw_confusion, draw_predictions
+from mmlong.training.predictions_csv import PredictionsCSV
 
 SHOWN = 24
+Kept = tuple[Tensor, int, int, int, float]
+"""A raw sample without padding, its id, the truth, the prediction, and the prediction's probability."""
 MISTAKES = 8  # at most so many of those shown, so that the sheet tells how it fails and how it succeeds
 
 
 class ClassifyReport(pl.Callback):
-    """Keeps a few images while testing and draws at the end, on the first rank.
+    """Keeps a few samples while testing; at the end every rank writes its predictions, and the first one the samples and pictures.
 
     Args:
         folder: where to; the trainer's ``default_root_dir`` unless given.
@@ -26,8 +29,8 @@ class ClassifyReport(pl.Callback):
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self.folder = folder
-        self._right: list[tuple[np.ndarray, int, int, float]] = []
-        self._wrong: list[tuple[np.ndarray, int, int, float]] = []
+        self._right: list[Kept] = []
+        self._wrong: list[Kept] = []
         self._seen = 0
         self._draw = random.Random(0)
 
@@ -42,35 +45,49 @@ class ClassifyReport(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: dict[str, Tensor], batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
-        """Keep some images of this batch: every mistake until there are enough, and right ones spread over the test."""
-        if not trainer.is_global_zero or not pl_module.test_rows or pl_module.model.modality.kind != "image":
-            return  # a sheet is of images
-        _, labels, probabilities = pl_module.test_rows[-1]
-        images = batch["raw"][pl_module.counted(batch)].cpu()
+        """Keep some samples of this batch: every mistake until there are enough, and right ones spread over the test."""
+        if not trainer.is_global_zero or not pl_module.test_rows:
+            return
+        index, labels, probabilities = pl_module.test_rows[-1]
+        keep = pl_module.counted(batch)
+        lengths = batch["lengths"][keep].tolist() if "lengths" in batch else [None] * len(labels)
         sure, guesses = probabilities.max(-1)
-        for image, true, guess, chance in zip(images, labels.tolist(), guesses.tolist(), sure.tolist(), strict=True):
+        rows = zip(keep.nonzero().flatten().tolist(), lengths, index.tolist(), labels.tolist(), guesses.tolist(), sure.tolist(),
+                   strict=True)  # fmt: skip
+        for row, length, number, true, guess, chance in rows:
             kept, room = (self._right, SHOWN) if true == guess else (self._wrong, MISTAKES)
             self._seen += true == guess
-            entry = (image.numpy(), true, guess, chance)
-            if len(kept) < room:
-                kept.append(entry)
-            elif kept is self._right and (slot := self._draw.randrange(self._seen)) < room:
-                kept[slot] = entry
+            slot = len(kept)
+            if slot >= room:
+                slot = self._draw.randrange(self._seen) if kept is self._right else room
+            if slot < room:
+                # Cloned: a view would keep the whole batch.
+                entry = (batch["raw"][row][..., :length].detach().cpu().clone(), number, true, guess, chance)
+                kept[slot : slot + 1] = [entry]
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Draw."""
+        """Write and draw."""
+        folder = Path(self.folder or trainer.default_root_dir)
+        table = PredictionsCSV(folder, trainer.global_rank, trainer.world_size)
+        for index, labels, probabilities in pl_module.test_rows:
+            table.add(pl_module.prediction_rows({"index": index, "label": labels, "probability": probabilities}))
+        table.close()
         if not trainer.is_global_zero:
             return
-        folder = Path(self.folder or trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         names = pl_module.class_names or [str(number) for number in range(pl_module.num_classes)]
         matrix = pl_module.confusion_counts
         total, right = int(matrix.sum()), int(torch.diagonal(matrix).sum())
         title = f"{right} of {total} right ({right / max(total, 1):.1%})"
         draw_confusion(matrix.numpy(), names, folder / "confusion.png", title)
         shown = (self._wrong + self._right)[:SHOWN]
-        if shown:
-            images, truth, guesses, sure = zip(*shown, strict=True)
+        write_examples(
+            pl_module.model.modality,
+            [Example(raw, index, names[true], names[guess], f"{sure:.6f}") for raw, index, true, guess, sure in shown],
+            folder,
+        )
+        if shown and pl_module.model.modality.kind == "image":  # a sheet is of images
+            raw, _, truth, guesses, sure = zip(*shown, strict=True)
             count = len(self._wrong)
             mistakes = f"; {count} mistake{'s' * (count > 1)} first" if count else ""
+            images = [image.numpy() for image in raw]
             draw_predictions(images, truth, guesses, sure, names, folder / "predictions.png", title + mistakes)

@@ -23,6 +23,7 @@ class Meter(pl.Callback):
         rate: tokens a second of late, all ranks together; 0 until measured.
         step_seconds: seconds an optimiser step takes of late.
         seconds, tokens: total of the run so far.
+        cpu_seconds: what this process (the first rank's) computed in that time, all threads together; ``None`` for a run that began before this was counted.
     """
 
     def __init__(self) -> None:
@@ -30,18 +31,21 @@ class Meter(pl.Callback):
         self.step_seconds = 0.0
         self.seconds = 0.0
         self.tokens = 0
+        self.cpu_seconds: float | None = 0.0
         self._mark = 0.0
+        self._cpu_mark = 0.0
         self._pending: list[float] = [0.0, 0.0]
         self._step = 0
         self._steps_here = 0
 
     def state_dict(self) -> dict[str, Any]:
         """The totals."""
-        return {"seconds": self.seconds, "tokens": self.tokens}
+        return {"seconds": self.seconds, "tokens": self.tokens, "cpu_seconds": self.cpu_seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
         self.seconds, self.tokens = float(state_dict["seconds"]), int(state_dict["tokens"])
+        self.cpu_seconds = state_dict.get("cpu_seconds")
 
     @property
     def average_rate(self) -> float:
@@ -60,7 +64,8 @@ class Meter(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """The first batch of a process waits for the loader to start, which is not training."""
-        self._mark = self._mark or time.perf_counter()
+        if not self._mark:
+            self.resume_clock()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -69,8 +74,11 @@ class Meter(pl.Callback):
         now = time.perf_counter()
         counter: Any = getattr(pl_module, "tokens_in", None)
         tokens = 0 if counter is None else int(counter(batch)) * replicas(trainer)
-        elapsed, self._mark = now - self._mark, now
+        elapsed, computed = now - self._mark, time.process_time() - self._cpu_mark
+        self.resume_clock()
         self.seconds += elapsed
+        if self.cpu_seconds is not None:
+            self.cpu_seconds += computed
         self.tokens += tokens
         self._pending[0] += elapsed
         self._pending[1] += tokens
@@ -91,11 +99,11 @@ class Meter(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The clock stood still."""
-        self._mark = time.perf_counter()
+        self.resume_clock()
 
     def resume_clock(self) -> None:
         """Leave out the time since the last batch (a checkpoint was written)."""
-        self._mark = time.perf_counter()
+        self._mark, self._cpu_mark = time.perf_counter(), time.process_time()
 
 
 def replicas(trainer: pl.Trainer) -> int:

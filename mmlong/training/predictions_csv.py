@@ -1,0 +1,42 @@
+"""``predictions.csv``: what a model says of each test sample, one row a sample; written by a test of a classifier and by ``mmlong predict``."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+class PredictionsCSV:
+    """Rows that are written as they come; the file has its name only when it is complete.
+
+    The first row's keys are the columns. With several ranks each writes its own ``predictions.rankN.csv``.
+
+    Args:
+        folder: of the run.
+        rank, ranks: which of how many processes this is.
+    """
+
+    def __init__(self, folder: Path, rank: int = 0, ranks: int = 1) -> None:
+        self.path = folder / ("predictions.csv" if ranks == 1 else f"predictions.rank{rank}.csv")
+        self.rows = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        self._partial = self.path.with_name(self.path.name + ".partial")
+        self._file = open(self._partial, "w", newline="", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._writer: csv.DictWriter[str] | None = None
+
+    def add(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Append rows."""
+        for row in rows:
+            if self._writer is None:
+                self._writer = csv.DictWriter(self._file, list(row))
+                self._writer.writeheader()
+            self._writer.writerow(row)
+            self.rows += 1
+
+    def close(self) -> None:
+        """Close the file, and give it its name."""
+        self._file.close()
+        os.replace(self._partial, self.path)
