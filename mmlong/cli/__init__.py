@@ -33,6 +33,7 @@ data
              mmlong bench mixers mamba2 --against all             seconds, memory and growth; also blocks, models, stream, table
 
 look
+  report     mmlong report image/cells256                         a run as one page: curves, samples, mistakes; --compare for several
   estimate   mmlong estimate -c text/stdlib_ar --length 1e9 --ranks 64    memory, FLOPs, traffic and time of a step before it is run
   mixers     what can mix tokens, and what each can do
   diagnose   mmlong diagnose mamba2 attention --json found.json   what a mechanism can do: recall, copying, state tracking
@@ -59,6 +60,7 @@ COMMANDS: dict[str, str] = {
     "recipes": "recipes:run_recipes",
     "pack": "pack:run_pack",
     "bench": "bench:run_bench",
+    "report": "report:run_report",
     "estimate": "estimate:run_estimate",
     "mixers": "tables:run_mixers",
     "diagnose": "diagnose:run_diagnose",

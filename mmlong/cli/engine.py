@@ -355,7 +355,7 @@ class Engine:
             **{key: round(float(value), 6) for key, value in tested.items()},
             "steps": trainer.global_step,
             "train_seconds": round(self.meter.seconds, 1),
-            "train_cpu_seconds": None if self.meter.cpu_seconds is None else round(self.meter.cpu_seconds, 1),
+            "train_cpu_seconds": None if self.meter.cpu_seconds is None else round(self.meter.cpu_seconds, 3),
             "command_seconds": round(time.time() - self.begun, 1),
             "tokens": self.meter.tokens,
             "tokens_per_sample": length,

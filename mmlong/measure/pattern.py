@@ -69,6 +69,35 @@ def seen_by(module: nn.Module, dim: int, length: int, layout: Layout | None = No
     return (squares / draws).sqrt()
 
 
+def seen_at(
+    module: nn.Module, x: Tensor, positions: Sequence[int], layout: Layout | None = None, draws: int = 2
+) -> Tensor:
+    """As :func:`seen_by`, of a module as it was trained and of a sequence that is given: some rows of ``J`` alone, which keeps a long sequence affordable.
+
+    Args:
+        module: as there; it is copied.
+        x: ``(1, L, D)``, what it reads.
+        positions: of the outputs, which may be fewer than the inputs (a backbone that pools).
+        layout: what the positions of ``x`` are.
+        draws: cotangents for each position.
+
+    Returns:
+        float64 ``(len(positions), L)``.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.enable_grad():
+        module = copy.deepcopy(module).double().eval()
+        leaf = x.detach().double().clone().requires_grad_()
+        y, _ = module(leaf, None, layout)
+        squares = torch.zeros(len(positions), x.shape[1], dtype=torch.float64)
+        for row, position in enumerate(positions):
+            for _ in range(draws):
+                cotangent = torch.randn(y.shape[-1], dtype=torch.float64, generator=generator)
+                found = torch.autograd.grad(y[0, position], leaf, cotangent, retain_graph=True)[0]
+                squares[row] += found[0].square().sum(-1)
+    return (squares / draws).sqrt()
+
+
 @dataclass(frozen=True)
 class Picture:
     """A pattern to be drawn.

@@ -80,15 +80,13 @@ def _finals(runs: Sequence[Run], letters: Sequence[str]) -> Markup:
 def _curves(runs: Sequence[Run], letters: Sequence[str]) -> Markup:
     names = dict.fromkeys(name for run in runs for name in quantities(run.metrics))
     drawn = []
-    for name in names:
+    for place, name in enumerate(names):
         lines = [
             line
-            for place, (letter, run) in enumerate(zip(letters, runs, strict=True))
-            for line in lines_of(run.metrics, name, letter, place)
+            for colour, (letter, run) in enumerate(zip(letters, runs, strict=True))
+            for line in lines_of(run.metrics, name, letter, colour)
         ]
-        one = chart(
-            lines, f"chart-{name.replace('/', '-')}", title_of(name), UNITS.get(name, "nats" if name == "loss" else "")
-        )
+        one = chart(lines, f"chart-{place}", title_of(name), UNITS.get(name, "nats" if name == "loss" else ""))
         if one is not None:
             drawn.append(one)
     if not drawn:

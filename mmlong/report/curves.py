@@ -115,7 +115,7 @@ def chart(lines: Sequence[Line], id_: str, title: str, unit: str = "", across: s
     )  # fmt: skip
     picture = tag(
         "svg", tag("title", title, id=f"{id_}-title"), tag("desc", said, id=f"{id_}-desc"), drawn,
-        viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_labelledby=f"{id_}-title {id_}-desc",
+        viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_labelledby=f"{id_}-title", aria_describedby=f"{id_}-desc",
     )  # fmt: skip
     return tag(
         "figure", tag("figcaption", title, f", {unit}" if unit else ""), picture,

@@ -68,10 +68,10 @@ def lines_of(rows: Sequence[dict[str, str]], quantity: str, name: str = "", colo
 
 def curves(rows: Sequence[dict[str, str]], names: Sequence[str]) -> list[Markup]:
     """A chart of each quantity."""
+    # By number: a metric's name may hold what an id must not.
+    places = {name: place for place, name in enumerate(quantities(rows))}
     charts = [
-        chart(
-            lines_of(rows, q), f"chart-{q.replace('/', '-')}", title_of(q), UNITS.get(q, "nats" if q == "loss" else "")
-        )
+        chart(lines_of(rows, q), f"chart-{places[q]}", title_of(q), UNITS.get(q, "nats" if q == "loss" else ""))
         for q in names
     ]
     return [one for one in charts if one is not None]

@@ -42,7 +42,7 @@ nav a{display:inline-block;padding:.25rem 0}
 .facts div{background:var(--card);padding:.5rem .75rem;border-radius:.4rem}
 .facts dt{color:var(--soft);font-size:.85rem}
 .facts dd{margin:0;font-size:1.2rem;font-weight:600;font-variant-numeric:tabular-nums}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,21rem),1fr));gap:1rem}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr));gap:1rem}
 figure{margin:0}
 .chart{background:var(--card);border-radius:.4rem;padding:.6rem;max-width:36rem}
 .chart>svg{width:100%;height:auto;display:block}
@@ -65,6 +65,7 @@ th,td{text-align:left;vertical-align:top;padding:.3rem .6rem;border-bottom:1px s
 th{font-weight:600}
 tbody th{font-weight:500}
 .wrap th,.wrap td{overflow-wrap:anywhere;min-width:5rem}
+.wrap tbody th{min-width:min(16rem,34vw)}
 .matrix td,.matrix thead th{text-align:center}
 .matrix td{background:color-mix(in srgb,var(--heat) calc(var(--share)*1%),var(--paper));border:1px solid var(--rule)}
 .matrix .hit{font-weight:700}
@@ -72,7 +73,7 @@ details{margin:.75rem 0}
 summary{cursor:pointer;padding:.35rem 0;color:var(--link)}
 pre{background:var(--card);padding:.75rem;border-radius:.4rem;overflow:auto;max-height:32rem;margin:.5rem 0;font:.85rem/1.45 ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere}
 code{font:.9em ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace}
-.samples{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,11rem),1fr));gap:.75rem;list-style:none;padding:0}
+.samples{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,8.5rem),1fr));gap:.75rem;list-style:none;padding:0}
 .samples.wide{grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr))}
 .samples>li{background:var(--card);border-radius:.4rem;padding:.6rem;min-width:0}
 .samples img,.whole{max-width:100%;height:auto;display:block}
