@@ -6,7 +6,7 @@ There is nothing here that knows a mixer: what streams, generates. Memory is the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,23 +76,61 @@ def generate(
     Raises:
         ValueError: nothing to generate, an empty prompt, or more tokens than the modality has places for.
     """
+    _check(model, length, prompt)
+    with evaluating(model):
+        tokens: list[Tensor] = [] if prompt is None else [prompt]
+        for token in _draws(model, length, prompt, batch, sampling or Sampling(), generator, piece):
+            tokens.append(token)
+            if on_token is not None:
+                on_token(token)
+        return torch.cat(tokens, 1)
+
+
+def stream(
+    model: AutoregressiveModel,
+    length: int,
+    prompt: Tensor | None = None,
+    sampling: Sampling | None = None,
+    generator: torch.Generator | None = None,
+    piece: int = PIECE,
+) -> Iterator[Tensor]:
+    """The new tokens of :func:`generate`, each ``(B, 1, ...)`` when it is asked for: who stops asking stops the drawing. One row where there is no prompt.
+
+    Raises:
+        ValueError: as there, at once.
+    """
+    _check(model, length, prompt)
+    rows = 1 if prompt is None else prompt.shape[0]
+    tokens = _draws(model, length, prompt, rows, sampling or Sampling(), generator, piece)
+
+    def one_by_one() -> Iterator[Tensor]:
+        for _ in range(length):
+            # Only while a token is drawn: between tokens the caller's own code runs, in the caller's own modes.
+            with evaluating(model):
+                token = next(tokens)
+            yield token
+
+    return one_by_one()
+
+
+def _check(model: AutoregressiveModel, length: int, prompt: Tensor | None) -> None:
     if length < 0 or (prompt is not None and prompt.shape[1] < 1):
         raise ValueError(f"length is {length} and the prompt {None if prompt is None else tuple(prompt.shape)}")
     total, whole = length + (0 if prompt is None else prompt.shape[1]), model.modality.tokens_per_sample()
     if whole is not None and total > whole:
         raise ValueError(f"a sample of this modality has {whole} tokens; {total} were asked for, the prompt included")
-    sampling = sampling or Sampling()
-    with evaluating(model):
-        state = model.begin(batch) if prompt is None else read(model, prompt, piece=piece)
-        tokens: list[Tensor] = [] if prompt is None else [prompt]
-        for _ in range(length):
-            prediction, state = model.peek(state)
-            token = model.head.sample(prediction, sampling, generator)
-            state = model.put(state, token)
-            tokens.append(token)
-            if on_token is not None:
-                on_token(token)
-        return torch.cat(tokens, 1)
+
+
+def _draws(
+    model: AutoregressiveModel, length: int, prompt: Tensor | None, batch: int, sampling: Sampling,
+    generator: torch.Generator | None, piece: int,
+) -> Iterator[Tensor]:  # fmt: skip
+    state = model.begin(batch) if prompt is None else read(model, prompt, piece=piece)
+    for _ in range(length):
+        prediction, state = model.peek(state)
+        token = model.head.sample(prediction, sampling, generator)
+        state = model.put(state, token)
+        yield token
 
 
 def score(model: AutoregressiveModel, pieces: Iterable[Tensor], state: State = None) -> tuple[float, int]:

@@ -61,6 +61,7 @@ COMMANDS: dict[str, str] = {
     "pack": "pack:run_pack",
     "bench": "bench:run_bench",
     "report": "report:run_report",
+    "demo": "demo:run_demo",
     "estimate": "estimate:run_estimate",
     "mixers": "tables:run_mixers",
     "diagnose": "diagnose:run_diagnose",
