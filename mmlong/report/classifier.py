@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mmlong.report.calibration import Prediction, confusion, expected_calibration_error, reliability
 from mmlong.report.curves import reliability_chart
-from mmlong.report.elements import Markup, details, join, table, tag
+from mmlong.report.elements import Content, Markup, details, join, table, tag
 
 MATRIX = 40
 """Classes up to which the whole matrix is shown; of more, the pairs that are confused most."""
@@ -20,7 +20,7 @@ def confusion_table(predictions: Sequence[Prediction], names: Sequence[str]) -> 
     said = f"Confusion matrix: {right:,} of {len(predictions):,} right; rows are the truth, columns what was said, shades the share of the row"
     if len(ordered) > MATRIX:
         return join(tag("p", f"{len(ordered)} classes; the whole matrix is not shown."), _pairs(ordered, counts))
-    rows = []
+    rows: list[list[Content]] = []
     for i, name in enumerate(ordered):
         total = max(sum(counts[i]), 1)
         cells = [
@@ -34,14 +34,14 @@ def confusion_table(predictions: Sequence[Prediction], names: Sequence[str]) -> 
 def _pairs(names: Sequence[str], counts: Sequence[Sequence[int]]) -> Markup:
     pairs = [(c, names[i], names[j]) for i, row in enumerate(counts) for j, c in enumerate(row) if i != j and c]
     pairs.sort(key=lambda pair: (-pair[0], pair[1], pair[2]))
-    rows = [[truth, said, count] for count, truth, said in pairs[:PAIRS]]
+    rows: list[list[Content]] = [[truth, said, count] for count, truth, said in pairs[:PAIRS]]
     return table(f"The {len(rows)} pairs that are confused most, of {len(pairs)}", ["truth", "said", "times"], rows)
 
 
 def per_class(predictions: Sequence[Prediction], names: Sequence[str]) -> Markup:
     """Recall and precision of each class."""
     ordered, counts = confusion(predictions, names)
-    rows = []
+    rows: list[list[Content]] = []
     for i, name in enumerate(ordered):
         there, said, hit = sum(counts[i]), sum(row[i] for row in counts), counts[i][i]
         rows.append(
@@ -77,7 +77,7 @@ def calibration(predictions: Sequence[Prediction]) -> Markup:
             f"Of {total} predictions this is a rough number: ECE of few samples is too large by chance alone.",
             class_="soft",
         )
-    rows = [
+    rows: list[list[Content]] = [
         [f"{b.low:.0%} to {b.high:.0%}", b.count, f"{b.confidence:.1%}", f"{b.accuracy:.1%}"] for b in bins if b.count
     ]
     told = table("Reliability", ["said", "predictions", "said on average", "right"], rows)
