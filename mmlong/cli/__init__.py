@@ -38,6 +38,7 @@ look
   mixers     what can mix tokens, and what each can do
   diagnose   mmlong diagnose mamba2 attention --json found.json   what a mechanism can do: recall, copying, state tracking
   doctor     versions, threads, and which backend each mixer takes on this machine
+  demo       mmlong demo image/cells256                           a page on this machine to try a model on your own files
 
 extend
   new-modality  mmlong new-modality radar                         write a modality, its test and a recipe, to be changed

@@ -297,6 +297,7 @@ class Engine:
             return_predictions=False,
         )  # fmt: skip
         table = next(c for c in trainer.callbacks if isinstance(c, PredictionWriter)).table  # type: ignore[attr-defined]
+        assert table is not None
         self._say(f"{table.rows:,} predictions in {table.path}, from {self.resumed.checkpoint}")
         return 0
 

@@ -76,7 +76,7 @@ class Run:
     predictions: list[Prediction] = field(default_factory=list)
     examples: list[Sample] = field(default_factory=list)
     made: list[Sample] = field(default_factory=list)
-    sheets: list[Path] = field(default_factory=list)
+    sheets: list[Sample] = field(default_factory=list)
     checkpoints: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
@@ -145,7 +145,7 @@ def gather(folder: Path) -> Run:
     run.examples = _examples(run)
     run.made = _made(folder)
     if not run.examples:
-        run.sheets = [path for path in (folder / "predictions.png",) if path.is_file()]
+        run.sheets = [Sample(path) for path in (folder / "predictions.png",) if path.is_file()]
     return run
 
 

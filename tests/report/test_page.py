@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mmlong.report import BadRunError, comparison_page, gather, report_page
 from mmlong.report.media import Budget
@@ -217,3 +219,11 @@ def test_predictions_of_several_ranks_are_put_together(run_folder: Path) -> None
     (run_folder / "predictions.rank0.csv").write_text(head + "".join(rows[::2]))
     (run_folder / "predictions.rank1.csv").write_text(head + "".join(rows[1::2]) + rows[0])
     assert [p.index for p in gather(run_folder).predictions] == list(range(30))
+
+
+def test_a_run_without_examples_shows_the_sheet_that_it_drew(run_folder: Path) -> None:
+    shutil.rmtree(run_folder / "examples")
+    Image.new("RGB", (40, 20), "red").save(run_folder / "predictions.png")
+    parsed = check(report_page(gather(run_folder)))
+    assert "Drawn by the run" in parsed.said
+    assert any(tag == "img" and "sheet" in (attrs["alt"] or "") for tag, attrs in parsed.tags)
