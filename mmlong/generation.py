@@ -16,14 +16,14 @@ from torch import Tensor
 from mmlong.heads import Sampling
 from mmlong.layout import Layout
 from mmlong.mixers import State
-from mmlong.models import AutoregressiveModel
+from mmlong.models import AutoregressiveModel, Speaking
 
 PIECE = 4096
 """Tokens of a prompt or file that are run at a time."""
 
 
 @contextmanager
-def evaluating(model: torch.nn.Module, without: Callable[[], Any] = torch.inference_mode) -> Any:
+def evaluating(model: torch.nn.Module | Speaking, without: Callable[[], Any] = torch.inference_mode) -> Any:
     """Evaluation mode, without gradients; afterwards the mode it was in. ``torch.no_grad`` for what a graph may be built on later."""
     training = model.training
     model.eval()
@@ -34,7 +34,7 @@ def evaluating(model: torch.nn.Module, without: Callable[[], Any] = torch.infere
         model.train(training)
 
 
-def read(model: AutoregressiveModel, prompt: Tensor, state: State = None, piece: int = PIECE) -> State:
+def read(model: AutoregressiveModel | Speaking, prompt: Tensor, state: State = None, piece: int = PIECE) -> State:
     """The state after a prompt, read in pieces of bounded memory.
 
     Args:
@@ -49,7 +49,7 @@ def read(model: AutoregressiveModel, prompt: Tensor, state: State = None, piece:
 
 
 def generate(
-    model: AutoregressiveModel,
+    model: AutoregressiveModel | Speaking,
     length: int,
     prompt: Tensor | None = None,
     batch: int = 1,
@@ -57,6 +57,7 @@ def generate(
     generator: torch.Generator | None = None,
     piece: int = PIECE,
     on_token: Callable[[Tensor], None] | None = None,
+    state: State = None,
 ) -> Tensor:
     """Tokens drawn one after another.
 
@@ -69,6 +70,7 @@ def generate(
         generator: of the draws; the same generator state gives the same tokens.
         piece: tokens of the prompt run at a time.
         on_token: called with each token ``(B, 1, ...)`` as it comes.
+        state: of what came before, the prompt behind it; ``None``: nothing. Of a joint model, what it has of other modalities: ``model.open(state)`` begins a span of this one.
 
     Returns:
         ``(B, L + length, ...)``, the prompt first.
@@ -78,12 +80,9 @@ def generate(
     """
     _check(model, length, prompt)
     with evaluating(model):
-        tokens: list[Tensor] = [] if prompt is None else [prompt]
-        for token in _draws(model, length, prompt, batch, sampling or Sampling(), generator, piece):
-            tokens.append(token)
-            if on_token is not None:
-                on_token(token)
-        return torch.cat(tokens, 1)
+        state = _begun(model, prompt, batch, piece, state)
+        tokens, _ = _drawn(model, length, state, sampling or Sampling(), generator, on_token)
+        return torch.cat([*([] if prompt is None else [prompt]), *tokens], 1)
 
 
 def stream(
@@ -100,14 +99,15 @@ def stream(
         ValueError: as there, at once.
     """
     _check(model, length, prompt)
-    rows = 1 if prompt is None else prompt.shape[0]
-    tokens = _draws(model, length, prompt, rows, sampling or Sampling(), generator, piece)
 
     def one_by_one() -> Iterator[Tensor]:
-        for _ in range(length):
+        state: State = None
+        for place in range(length):
             # Only while a token is drawn: between tokens the caller's own code runs, in the caller's own modes.
             with evaluating(model):
-                token = next(tokens)
+                if place == 0:
+                    state = _begun(model, prompt, 1, piece, None)
+                token, state = _draw(model, state, sampling or Sampling(), generator)
             yield token
 
     return one_by_one()
@@ -121,16 +121,35 @@ def _check(model: AutoregressiveModel, length: int, prompt: Tensor | None) -> No
         raise ValueError(f"a sample of this modality has {whole} tokens; {total} were asked for, the prompt included")
 
 
-def _draws(
-    model: AutoregressiveModel, length: int, prompt: Tensor | None, batch: int, sampling: Sampling,
-    generator: torch.Generator | None, piece: int,
-) -> Iterator[Tensor]:  # fmt: skip
-    state = model.begin(batch) if prompt is None else read(model, prompt, piece=piece)
+def _begun(model: AutoregressiveModel | Speaking, prompt: Tensor | None, batch: int, piece: int, state: State) -> State:
+    if prompt is not None:
+        return read(model, prompt, state, piece)
+    return model.begin(batch) if state is None else state
+
+
+def _draw(
+    model: AutoregressiveModel | Speaking, state: State, sampling: Sampling, generator: torch.Generator | None
+) -> tuple[Tensor, State]:
+    prediction, state = model.peek(state)
+    token = model.head.sample(prediction, sampling, generator)
+    return token, model.put(state, token)
+
+
+def _drawn(
+    model: AutoregressiveModel | Speaking,
+    length: int,
+    state: State,
+    sampling: Sampling,
+    generator: torch.Generator | None,
+    on_token: Callable[[Tensor], None] | None = None,
+) -> tuple[list[Tensor], State]:
+    tokens: list[Tensor] = []
     for _ in range(length):
-        prediction, state = model.peek(state)
-        token = model.head.sample(prediction, sampling, generator)
-        state = model.put(state, token)
-        yield token
+        token, state = _draw(model, state, sampling, generator)
+        tokens.append(token)
+        if on_token is not None:
+            on_token(token)
+    return tokens, state
 
 
 def score(model: AutoregressiveModel, pieces: Iterable[Tensor], state: State = None) -> tuple[float, int]:

@@ -348,7 +348,7 @@ class Engine:
 
     def _summarise(self, trainer: pl.Trainer, task: Task, which: str, tested: Mapping[str, float]) -> None:
         memory = peak_memory()
-        length = task.model.modality.tokens_per_sample()
+        length = task.model.tokens_per_sample()
         summary = {
             "recipe": self.settings.recipe,
             "command": command_line(self.shown),

@@ -233,7 +233,7 @@ class Continue(nn.Module):
         after = {"backbone": inner, "passed": state["passed"] + length}
         if model.linear is not None:
             line = torch.cat([state["tokens"], tokens.to(state["tokens"].dtype)], 1)
-            prediction = model._moved(prediction, line[:, 1:], length, index)
+            prediction = model.moved(prediction, line[:, 1:], length, index)
             after["tokens"] = line[:, length:]
         return prediction, *state_tensors(after)
 

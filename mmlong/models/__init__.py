@@ -5,20 +5,26 @@ from __future__ import annotations
 from mmlong.models.autoregressive import AutoregressiveModel
 from mmlong.models.card import model_card
 from mmlong.models.hub import load, push_to_hub, save_pretrained
+from mmlong.models.joint import JointModel, Speaking
 from mmlong.models.masked import MaskedModel
 from mmlong.models.model import KINDS, Config, Model, build_model, register_kind
 from mmlong.models.named import MODELS, create_model, list_models, register_model
 from mmlong.models.saving import load_model, save_model
+from mmlong.models.spans import Spans, lay_spans
 
 __all__ = [
     "KINDS",
     "MODELS",
     "AutoregressiveModel",
     "Config",
+    "JointModel",
     "MaskedModel",
     "Model",
+    "Spans",
+    "Speaking",
     "build_model",
     "create_model",
+    "lay_spans",
     "list_models",
     "load",
     "load_model",

@@ -18,17 +18,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmlong.heads import LogisticMixtureHead
 from mmlong.layout import Layout, document_index
 from mmlong.mixers import State, require_streaming
-from mmlong.models.linear_prediction import LinearPrediction
-from mmlong.models.model import Config, Model, register_kind, token_head
+from mmlong.models.model import Config, Model, register_kind
+from mmlong.models.voice import Voice, predicting_head
 
 
 @register_kind("autoregressive")
-class AutoregressiveModel(Model):
+class AutoregressiveModel(Voice, Model):
     """Each token from those before it.
 
     Args:
@@ -46,46 +45,16 @@ class AutoregressiveModel(Model):
         config = {"head": {}, **config, "kind": "autoregressive"}
         super().__init__(config)
         require_streaming(self.backbone, "an autoregressive model")
-        if not self.head.per_token:
-            raise ValueError(
-                f"an autoregressive model predicts every token; head {self.config['head']['name']!r} predicts one thing a sequence"
-            )
-        code = self.config.get("start")
-        self.start = nn.Parameter(torch.randn(self.backbone.dim_in) * 0.02) if code is None else None
-        if code is not None:
-            table = self.modality.code_embedding
-            if table is None or not 0 <= code < table.num_embeddings:
-                raise ValueError(
-                    f"start is a code that the modality embeds{'' if table is None else f', 0 .. {table.num_embeddings - 1}'}; got {code} for {type(self.modality).__name__}"
-                )
-        self.linear: LinearPrediction | None = None
-        if offsets := self.config.get("linear_prediction"):
-            if not isinstance(self.head, LogisticMixtureHead):
-                raise ValueError(
-                    "linear_prediction moves the means of head logistic_mixture; codes have no order to predict along"
-                )
-            self.linear = LinearPrediction(self.modality.channels, offsets)
-            self.head.centre()
-
-    def start_vector(self) -> Tensor:
-        """What stands before the first token, ``(D,)``."""
-        if self.start is not None:
-            return self.start
-        code = torch.tensor([[self.config["start"]]], device=next(self.backbone.parameters()).device)
-        return self.modality.values(code)[0, 0]
+        self.find_voice(
+            self.backbone.dim_in,
+            self.config["head"]["name"],
+            self.config.get("linear_prediction"),
+            self.config.get("start"),
+        )
 
     def complete_head(self, head: dict[str, Any]) -> dict[str, Any]:
         """The head's options with what the modality fixes."""
-        modality = self.modality
-        if modality.codes is not None:
-            known: dict[str, Any] = {"name": "categorical", "num_classes": modality.codes}
-        elif modality.levels is not None:
-            known = {"name": "logistic_mixture", "channels": modality.channels, "levels": modality.levels}
-        else:
-            raise ValueError(
-                f"tokens of {type(modality).__name__} are real numbers without levels and have no probability"
-            )
-        return token_head(known, head)
+        return predicting_head(self.modality, head)
 
     def forward_features(
         self, tokens: Tensor, state: State = None, layout: Layout | None = None
@@ -126,9 +95,7 @@ class AutoregressiveModel(Model):
         if codes is not None:
             after["code"] = codes[rows, valid].unsqueeze(1)
         if self.linear is not None:
-            kept = valid[:, None] + torch.arange(self.linear.reach, device=tokens.device)
-            whole = torch.cat([self._tail(state, tokens), tokens], 1)
-            after["tokens"] = whole.gather(1, kept[..., None].expand(-1, -1, whole.shape[-1]))
+            after["tokens"] = self.kept(state, tokens, valid)
         return x, after
 
     def state_before(self, tokens: Tensor, start: int, layout: Layout | None = None) -> State:
@@ -149,7 +116,7 @@ class AutoregressiveModel(Model):
         if self.reads_codes:
             state["code"] = tokens[:, start - 1 : start]
         if self.linear is not None:
-            line = torch.cat([self._tail(None, tokens), tokens[:, :start]], 1)
+            line = torch.cat([self.tail(None, tokens), tokens[:, :start]], 1)
             state["tokens"] = line[:, line.shape[1] - self.linear.reach :]
         return state
 
@@ -158,13 +125,6 @@ class AutoregressiveModel(Model):
         last = tokens.new_full((tokens.shape[0], 1), -1) if state is None else state["code"]
         return torch.cat([last, tokens], 1)
 
-    def _tail(self, state: State, like: Tensor) -> Tensor:
-        """The tokens before this piece that a linear prediction needs: ``(B, reach, C)``."""
-        assert self.linear is not None
-        if state is None:
-            return like.new_zeros(like.shape[0], self.linear.reach, like.shape[2])
-        return state["tokens"].to(like.dtype)
-
     def forward(self, tokens: Tensor, state: State = None, layout: Layout | None = None) -> tuple[Tensor, State]:
         """Tokens to the distribution of each of them, and the state after them."""
         x, after = self.forward_features(tokens, state, layout)
@@ -172,14 +132,9 @@ class AutoregressiveModel(Model):
         if self.linear is not None:
             batch, length = tokens.shape[:2]
             passed = torch.zeros(batch, dtype=torch.int64, device=tokens.device) if state is None else state["passed"]
-            before = torch.cat([self._tail(state, tokens), tokens[:, :-1]], 1)
-            prediction = self._moved(prediction, before, length, document_index(passed, length, layout))
+            before = torch.cat([self.tail(state, tokens), tokens[:, :-1]], 1)
+            prediction = self.moved(prediction, before, length, document_index(passed, length, layout))
         return prediction, after
-
-    def _moved(self, prediction: Tensor, before: Tensor, length: int, index: Tensor) -> Tensor:
-        assert self.linear is not None
-        assert isinstance(self.head, LogisticMixtureHead)
-        return self.head.move(prediction, self.linear(before, length, index))
 
     # generation
 
@@ -208,7 +163,7 @@ class AutoregressiveModel(Model):
         y, inner = self.backbone(x, state["backbone"], self.told(state.get("code"), None))
         prediction = self.forward_head(y)
         if self.linear is not None:
-            prediction = self._moved(prediction, state["tokens"], 1, state["passed"][:, None])
+            prediction = self.moved(prediction, state["tokens"], 1, state["passed"][:, None])
         return prediction, {**state, "backbone": inner}
 
     def put(self, state: State, token: Tensor) -> State:

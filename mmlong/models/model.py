@@ -37,19 +37,20 @@ class Model(nn.Module):
         num_features: width of the features before the head.
     """
 
+    parts: tuple[str, ...] = ("modality", "backbone", "head")
+    """Keys that the configuration must have."""
     own_parts: tuple[str, ...] = ()
     """Further keys that the configuration of this kind may have."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        parts = ("modality", "backbone", "head")
-        known = (*parts, *self.own_parts)
+        known = (*self.parts, *self.own_parts)
         for key in config:
             if key not in (*known, "kind"):
                 raise TypeError(
                     f"a model configuration has no part {key!r}{nearest(key, known)}; it has: {', '.join(known)}"
                 )
-        if missing := [key for key in parts if key not in config]:
+        if missing := [key for key in self.parts if key not in config]:
             raise ValueError(f"the model configuration lacks {', '.join(missing)}")
         config = copy.deepcopy(config)
         check_options("backbone", BackboneConfig, config["backbone"])
@@ -58,7 +59,11 @@ class Model(nn.Module):
         self.config = config
         self.backbone = Backbone(backbone)
         self.num_features = self.backbone.num_features
-        if backbone.reverse_complement:
+        self.make(config)
+
+    def make(self, config: Config) -> None:
+        """What stands on both sides of the backbone, which is there already, from the configuration, which is completed."""
+        if self.backbone.config.reverse_complement:
             # Features are equivariant only where the embedding is: both sides of it are known here alone.
             if "reverse_complement" not in inspect.signature(MODALITIES[config["modality"]["name"]]).parameters:
                 raise ValueError(f"backbone.reverse_complement is for DNA; {config['modality']['name']} has no strands")
@@ -90,6 +95,10 @@ class Model(nn.Module):
     def from_config(cls, config: Config) -> Model:
         """The same as the constructor, in timm's wording."""
         return cls(config)
+
+    def tokens_per_sample(self) -> int | None:
+        """Tokens of every sample, where all have as many; else ``None``."""
+        return self.modality.tokens_per_sample()
 
     @property
     def causal(self) -> bool:

@@ -84,7 +84,7 @@ class RunProgress(ProgressBar):
 
     def _headline(self, trainer: pl.Trainer, pl_module: Any) -> str:
         model = getattr(pl_module, "model", pl_module)
-        length = model.modality.tokens_per_sample() if hasattr(model, "modality") else None
+        length = model.tokens_per_sample() if hasattr(model, "tokens_per_sample") else None
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         batch = getattr(trainer.datamodule, "batch_size", 0) * replicas(trainer)  # type: ignore[attr-defined]
         batch *= trainer.accumulate_grad_batches
