@@ -6,7 +6,7 @@ There is nothing here that knows a mixer: what streams, generates. Memory is the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from mmlong.heads import Sampling
 from mmlong.layout import Layout
 from mmlong.mixers import State
-from mmlong.models import AutoregressiveModel, Speaking
+from mmlong.models import AutoregressiveModel, JointModel, Speaking
 
 PIECE = 4096
 """Tokens of a prompt or file that are run at a time."""
@@ -150,6 +150,59 @@ def _drawn(
         if on_token is not None:
             on_token(token)
     return tokens, state
+
+
+def generate_spans(
+    model: JointModel,
+    order: Sequence[str],
+    lengths: Mapping[str, int],
+    given: Mapping[str, Tensor] | None = None,
+    batch: int = 1,
+    sampling: Sampling | None = None,
+    generator: torch.Generator | None = None,
+    piece: int = PIECE,
+) -> dict[str, Tensor]:
+    """Spans of several modalities, each from those before it in its row: those that are given are read, the others drawn.
+
+    Args:
+        model: the joint model; left in the mode it was in.
+        order: names of the spans.
+        lengths: tokens in each span that is drawn; a modality of one fixed size knows its own.
+        given: by name, tokens ``(B, L, ...)``.
+        batch: rows, where nothing is given.
+        sampling, generator, piece: see :func:`generate`.
+
+    Returns:
+        tokens of every span, by name.
+
+    Raises:
+        ValueError: no order, a span that is neither given nor has a length, or rows that differ in number.
+    """
+    known, sampling = dict(given or {}), sampling or Sampling()
+    if rows := {tokens.shape[0] for tokens in known.values()}:
+        if len(rows) > 1:
+            raise ValueError(f"the spans that are given have {sorted(rows)} rows")
+        (batch,) = rows
+    if not order:
+        raise ValueError("the order is empty: name the spans of a row")
+    if unused := [name for name in known if name not in order]:
+        raise ValueError(f"{', '.join(unused)} is given, and the order has only {', '.join(order)}")
+    made: dict[str, Tensor] = {}
+    state: State = None
+    with evaluating(model):
+        for name in order:
+            speaking = model.speaking(name)
+            state = speaking.begin(batch) if state is None else speaking.open(state)
+            if name in known:
+                made[name] = known[name]
+                state = read(speaking, known[name], state, piece)
+                continue
+            length = speaking.modality.tokens_per_sample() or lengths.get(name)
+            if not length:
+                raise ValueError(f"how many {speaking.modality.unit}s of {name} to draw is not said: lengths[{name!r}]")
+            tokens, state = _drawn(speaking, length, state, sampling, generator)
+            made[name] = torch.cat(tokens, 1)
+    return made
 
 
 def score(model: AutoregressiveModel, pieces: Iterable[Tensor], state: State = None) -> tuple[float, int]:

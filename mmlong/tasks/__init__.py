@@ -6,6 +6,7 @@ from mmlong.tasks.autoregress import AutoregressTask
 from mmlong.tasks.base import ArchitectureMismatchError, Task
 from mmlong.tasks.classify import ClassifyTask
 from mmlong.tasks.contrast import ContrastTask
+from mmlong.tasks.joint import JointTask
 from mmlong.tasks.masked import MaskedTask
 from mmlong.tasks.masking import Masking
 from mmlong.tasks.multilabel import MultiLabelTask
@@ -17,6 +18,7 @@ __all__ = [
     "AutoregressTask",
     "ClassifyTask",
     "ContrastTask",
+    "JointTask",
     "MaskedTask",
     "Masking",
     "MultiLabelTask",

@@ -75,16 +75,17 @@ class Task(pl.LightningModule):
         self._restored = False
         self.optim = optim or OptimConfig()
         self.compile_blocks = compile
-        self.model: Model = build_model(
-            {
-                **({} if self.kind == "plain" else {"kind": self.kind}),
-                "modality": {**info.get("modality", {}), **modality},
-                "backbone": dict(vars(backbone)),
-                "head": {**({"num_classes": info["num_classes"]} if "num_classes" in info else {}), **head},
-                **(model_parts or {}),
-            }
-        )
+        kind = {} if self.kind == "plain" else {"kind": self.kind}
+        parts = self.both_sides(modality, head, info)
+        self.model: Model = build_model({**kind, **parts, "backbone": dict(vars(backbone)), **(model_parts or {})})
         self.class_names = list(info.get("class_names", []))
+
+    def both_sides(self, modality: dict[str, Any], head: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
+        """What the model's configuration has beside its backbone, with what the data fixes."""
+        return {
+            "modality": {**info.get("modality", {}), **modality},
+            "head": {**({"num_classes": info["num_classes"]} if "num_classes" in info else {}), **head},
+        }
 
     def tokens_in(self, batch: dict[str, Tensor]) -> int:
         """Tokens that a batch holds, for throughput."""
@@ -127,16 +128,22 @@ class Task(pl.LightningModule):
 
         A run that goes on has loaded its own weights by now, and needs neither.
         """
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if not self.model.modality.initialised and hasattr(data, "samples"):
-            # The same samples on every rank, from all over the training data, and without augmentation.
-            samples = data.samples("train", False)
-            places = range(0, len(samples), -(-len(samples) // SHOWN))
-            rows, _ = samples.fetch([(0, place, 1.0) for place in places])
-            self.model.modality.initialise(rows["raw"][rows["weight"] > 0])
+        self.show_data(getattr(self.trainer, "datamodule", None))
         if self.backbone_from is not None and not self._restored:
             file = load_backbone(self.model.backbone, self.backbone_from)
             rank_zero_only(print)(f"the backbone begins with the weights of {file}", flush=True)
+
+    def show_data(self, data: Any) -> None:
+        """Give the modality what it takes from training data."""
+        if not self.model.modality.initialised and hasattr(data, "samples"):
+            rows = self.shown(data)
+            self.model.modality.initialise(rows["raw"][rows["weight"] > 0])
+
+    def shown(self, data: Any) -> dict[str, Any]:
+        """A batch of samples, the same on every rank, from all over the training data, and without augmentation."""
+        samples = data.samples("train", False)
+        places = range(0, len(samples), -(-len(samples) // SHOWN))
+        return samples.fetch([(0, place, 1.0) for place in places])[0]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Hold the backbone for its first steps: an optimiser passes over parameters without a gradient."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmlong.generation import generate, read
+from mmlong.generation import generate, generate_spans, read
 from mmlong.heads import GREEDY
 from mmlong.layout import Layout
 from mmlong.models import JointModel, Spans, build_model, lay_spans, load_model, save_model
@@ -330,7 +330,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         ({"modality": {"name": "text"}}, "has no part 'modality'"),
         ({"modalities": {"a.b": {"name": "text"}}, "orders": None, "linear_prediction": None}, "cannot be a name here"),
         ({"backbone": {"dim": 16, "depth": 2, "mixers": ["mamba2"], "direction": "alternate"}}, "a joint model needs"),
-        ({"backbone": {"dim": 16, "depth": 1, "mixers": ["axial"]}}, "reads a grid, and a row of spans has none"),
+        ({"backbone": {"dim": 16, "depth": 1, "mixers": ["image_local_2d"]}}, "reads a grid, and a row of spans has none"),
     ],
     ids=["none", "order", "twice", "head", "linear", "classify", "part", "dot", "both sides", "grid"],
 )  # fmt: skip
@@ -351,3 +351,22 @@ def test_bad_batches_are_told() -> None:
         module.speaking("sond")
     with pytest.raises(ValueError, match="head for each modality"):
         module.get_classifier()
+
+
+def test_spans_are_given_or_drawn() -> None:
+    """The greedy caption of a picture, by the loop over spans; what is drawn first is what comes next reads."""
+    module = model(orders=None)
+    picture = module.voices["picture"].modality.encode(raw(2)["picture"])[0]
+    made = generate_spans(module, ["picture", "words"], {"words": 5}, {"picture": picture}, sampling=GREEDY, piece=4)
+    words = module.speaking("words")
+    with torch.no_grad():
+        state = words.open(read(module.speaking("picture"), picture))
+    assert torch.equal(made["words"], generate(words, 5, sampling=GREEDY, state=state))
+    both = generate_spans(module, ["words", "sound"], {"words": 4, "sound": 6}, batch=3, sampling=GREEDY)
+    again = generate_spans(module, ["words", "sound"], {"sound": 6}, {"words": both["words"]}, sampling=GREEDY)
+    assert both["sound"].shape == (3, 6)
+    assert torch.equal(both["sound"], again["sound"])
+    with pytest.raises(ValueError, match="how many samples of sound to draw"):
+        generate_spans(module, ["words", "sound"], {"words": 4})
+    with pytest.raises(ValueError, match="picture is given, and the order has only words"):
+        generate_spans(module, ["words"], {"words": 4}, {"picture": picture})
