@@ -38,7 +38,7 @@ Parts = dict[str, dict[str, Tensor]]
 class JointTask(Task):
     """Likelihood training of a joint model.
 
-    Logs ``val/bits`` (of all numbers together) and, of each modality, ``val/NAME/bits``; of codes also ``val/NAME/exact``, the share of spans of which every token is the likeliest: those that greedy generation gets
+    Logs ``val/bits`` (of all numbers together) and, of each modality, ``val/NAME/bits``; of text also ``val/NAME/exact``, the share of spans of which every byte is the likeliest: those that greedy generation gets
     wholly right. With several orders the same of each, by what comes before: ``val/words_after_sound/bits``, ``val/words_after_nothing/bits``.
 
     Args:
@@ -177,6 +177,9 @@ class JointTask(Task):
         whole = sum(self.weights[name] for name, count in numbers.items() if count) or 1.0
         return {name: self.weights[name] / whole / max(count, 1) / math.log(2) for name, count in numbers.items()}
 
+    def _is_text(self, name: str) -> bool:
+        return self.joint.voices[name].modality.kind == "text"
+
     def loss(self, spans: Spans, layout: Layout) -> tuple[Tensor, dict[str, Counted]]:
         """The loss in bits (in training with the mixers' own), and what was counted of each modality."""
         share, batch = self._share(spans), spans.kind.shape[0]
@@ -192,7 +195,7 @@ class JointTask(Task):
             for name, (nats, numbers) in self.joint.losses(prediction, here).items():
                 total = total + share[name] * nats
                 counted[name].add(nats, numbers)
-                if not self.training and self.joint.voices[name].modality.codes is not None:
+                if not self.training and self._is_text(name):
                     wrong = prediction[name][0].argmax(-1) != here.pick(name)[0]
                     counted[name].add_wrong(here.where(name)[0], wrong)
             if found and (own := sum_own_loss(found)) is not None:
@@ -234,7 +237,7 @@ class JointTask(Task):
 
     def _log_one(self, prefix: str, name: str, whole: Counted, each: list[tuple[Counted, Spans]], number: int) -> None:
         self._log(f"{prefix}/bits", whole.bits, whole.numbers)
-        if self.joint.voices[name].modality.codes is not None:
+        if self._is_text(name):
             there = [(spans.kind == number).any(1) for _, spans in each]
             right = sum(int((counted.wrong == 0)[rows].sum()) for (counted, _), rows in zip(each, there, strict=True))
             count = sum(int(rows.sum()) for rows in there)
@@ -260,7 +263,7 @@ class Counted:
     Attributes:
         nats: summed.
         numbers: of raw data that they are of.
-        wrong: int64 ``(B,)``, tokens of each row that were not the likeliest; counted of codes in evaluation.
+        wrong: int64 ``(B,)``, tokens of each row that were not the likeliest; counted of text in evaluation.
     """
 
     nats: Tensor
