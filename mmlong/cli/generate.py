@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmlong.cli.errors import CommandError
-from mmlong.cli.runs import saved_autoregressive
+from mmlong.cli.runs import saved_autoregressive, saved_model
 
 GENERATE = """\
 examples:
@@ -18,6 +18,8 @@ examples:
   mmlong generate RUN --prompt_file voice.wav --prompt_length 4000 --length 8000 --count 4
   mmlong generate RUN --prompt_file photo.png                 the lower half of a picture
   mmlong generate RUN --temperature 0.9 --top_p 0.95 --seed 1
+  mmlong generate joint/digits_words --as word --given sound=seven.wav      of a joint model: the word of a sound
+  mmlong generate joint/digits_words --as sound --given_text word=$'seven\n' --length 4000
 
 RUN is a run folder, a folder of a saved model, or a recipe's name (its newest run).
 """
@@ -45,6 +47,17 @@ def run_generate(argv: list[str]) -> int:
     parser.add_argument(
         "--prompt_length", type=int, help="tokens of the file to begin with (default: all; half of a picture)"
     )
+    parser.add_argument("--as", dest="speaks", metavar="NAME", help="of a joint model: which modality to make")
+    parser.add_argument(
+        "--given",
+        metavar="NAME=FILE",
+        action="append",
+        default=[],
+        help="of a joint model: a span that comes before, from a file; may be repeated",
+    )
+    parser.add_argument(
+        "--given_text", metavar="NAME=TEXT", action="append", default=[], help="the same, of a text or letters of DNA; they come behind those of files"
+    )  # fmt: skip
     parser.add_argument("--resample", action="store_true", help="resample a sound of another rate")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest, always (default 1)")
     parser.add_argument("--top_k", type=int, help="draw among the k likeliest only")
@@ -75,7 +88,7 @@ def _generate(args: argparse.Namespace) -> int:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
     if args.count < 1 or (args.length is not None and args.length < 1):
         raise ValueError("--count and --length are at least 1")
-    model, folder = saved_autoregressive(args.run, Path(args.runs))
+    model, folder, state = _model(args)
     modality = model.modality
     whole = modality.tokens_per_sample()
     prompt = _prompt(args, modality, whole)
@@ -99,7 +112,7 @@ def _generate(args: argparse.Namespace) -> int:
     begin = time.monotonic()
     draw = torch.Generator().manual_seed(args.seed)
     tokens = generate(
-        model, length, given, rows, sampling, draw, on_token=show if args.stream else None
+        model, length, given, rows, sampling, draw, on_token=show if args.stream else None, state=state
     )  # fmt: skip
     seconds = time.monotonic() - begin
     if args.stream:
@@ -110,6 +123,47 @@ def _generate(args: argparse.Namespace) -> int:
         f"in {files[0].parent}: {', '.join(file.name for file in files)}"
     )
     return 0
+
+
+def _model(args: argparse.Namespace) -> tuple[Any, Path, Any]:
+    """The model that makes one modality, its folder, and the state after what is given of others (``None``: nothing is)."""
+    import torch
+
+    from mmlong.cli.raw_files import read_documents
+    from mmlong.generation import read
+    from mmlong.models import JointModel
+
+    model, folder = saved_model(args.run, Path(args.runs))
+    given = [*((*_named(each), False) for each in args.given), *((*_named(each), True) for each in args.given_text)]
+    if not isinstance(model, JointModel):
+        if args.speaks is not None or given:
+            raise ValueError(f"--as and --given are for joint models; {folder} holds a model of one modality")
+        return *saved_autoregressive(str(folder), Path(args.runs)), None
+    if args.speaks is None:
+        raise ValueError(f"{folder} holds a joint model: say what to make, --as {' or '.join(model.names)}")
+    state = None
+    for name, what, is_text in given:
+        before = model.speaking(name)
+        if is_text:
+            if before.modality.kind not in ("text", "genome"):
+                raise ValueError(f"--given_text is for texts and sequences, and {name} is {before.modality.kind}: --given {name}=FILE")  # fmt: skip
+            raw = torch.frombuffer(bytearray(what.encode("utf-8", "surrogateescape")), dtype=torch.uint8)
+            tokens = before.modality.encode(raw[None])[0]
+        else:
+            _, document = next(iter(read_documents(before.modality, Path(what), args.resample)))
+            tokens = torch.cat([before.modality.encode(raw)[0] for raw in document], 1)
+        tokens = tokens.expand(args.count, *tokens.shape[1:]).contiguous()
+        with torch.inference_mode():
+            state = read(before, tokens, before.begin(args.count) if state is None else before.open(state))
+    speaking = model.speaking(args.speaks)
+    return speaking, folder, None if state is None else speaking.open(state)
+
+
+def _named(given: str) -> tuple[str, str]:
+    name, sign, what = given.partition("=")
+    if not sign or not what:
+        raise ValueError(f"{given!r} is not NAME=FILE (or NAME=TEXT): name the modality that it is of")
+    return name, what
 
 
 def _prompt(args: argparse.Namespace, modality: Any, whole: int | None) -> Any:

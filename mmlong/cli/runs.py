@@ -59,9 +59,11 @@ def saved_autoregressive(what: str, root: Path) -> tuple[Any, Path]:
     Raises:
         CommandError: there is none, it is damaged, or it is of another kind.
     """
-    from mmlong.models import AutoregressiveModel
+    from mmlong.models import AutoregressiveModel, JointModel
 
     model, folder = saved_model(what, root)
+    if isinstance(model, JointModel):
+        raise CommandError(f"{folder} holds a joint model, of {', '.join(model.names)}; this is for models of one modality", status=1)  # fmt: skip
     if not isinstance(model, AutoregressiveModel):
         raise CommandError(
             f"{folder} holds a model of kind {model.config.get('kind', 'plain')!r}, which has no next token: train one with mmlong.tasks.AutoregressTask (`mmlong recipes '*_ar'`)",

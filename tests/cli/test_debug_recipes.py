@@ -39,7 +39,7 @@ def test_debug_size(name: str, data: Path, tmp_path: Path, mmlong: Call, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MMLONG_RUN_DIR", raising=False)
     more = []
-    if load_recipes([name])["data"]["init_args"]["dataset"].startswith("fsdd"):
+    if "fsdd" in json.dumps(load_recipes([name])["data"]):
         if (source := spoken_digits()) is None:
             pytest.skip(f"the Free Spoken Digit Dataset is neither at {DIGITS} nor named by MMLONG_FSDD")
         more = [f"--data.source_path={source}"]
@@ -48,14 +48,16 @@ def test_debug_size(name: str, data: Path, tmp_path: Path, mmlong: Call, monkeyp
     assert f"{name}.debug: test " in said
     (run,) = Path("runs", f"{name}.debug").iterdir()
     summary = json.loads((run / "summary.json").read_text())
-    metric = "test/bits" if name.endswith("_ar") else "test/accuracy"
+    joint, draws = name.startswith("joint/"), name.endswith("_ar") or name.startswith("joint/")
+    metric = "test/bits" if draws else "test/accuracy"
     assert summary[metric] >= 0
     assert summary["tokens_per_second"] > 0
     assert (run / "model.safetensors").is_file()
-    assert list(run.glob("samples*" if name.endswith("_ar") else "confusion.png"))
-    if name.endswith("_ar"):
+    assert list(run.glob("samples*" if draws else "confusion.png"))
+    if draws:
         made = list(run.glob("samples*"))
-        status, said = mmlong("generate", str(run), "--out", "made")
+        speaks = ["--as", list(json.loads((run / "config.json").read_text())["modalities"])[-1], "--length", "32"]
+        status, said = mmlong("generate", str(run), "--out", "made", *(speaks if joint else []))
         assert status == 0, said
         assert len(list(Path("made").iterdir())) == 1
         assert made
