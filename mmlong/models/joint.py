@@ -91,6 +91,13 @@ class JointModel(Model):
             raise ValueError(f"{part} has {name!r}{nearest(name, names)}; the modalities are {', '.join(names)}")
 
     @property
+    def modality(self) -> Modality:  # type: ignore[override]
+        """Each voice has one; what asks for the model's is for models of one modality, and gets a clear answer."""
+        raise ValueError(
+            f"this is for models of one modality, and a joint model has {', '.join(self.names)}: model.voices[name].modality"
+        )
+
+    @property
     def names(self) -> list[str]:
         """Names of the modalities, in the order of their numbers."""
         return list(self.voices)
