@@ -11,6 +11,7 @@ from mmlong.models.model import KINDS, Config, Model, build_model, register_kind
 from mmlong.models.named import MODELS, create_model, list_models, register_model
 from mmlong.models.saving import load_model, save_model
 from mmlong.models.spans import Spans, lay_spans
+from mmlong.models.towers import TowersModel
 
 __all__ = [
     "KINDS",
@@ -22,6 +23,7 @@ __all__ = [
     "Model",
     "Spans",
     "Speaking",
+    "TowersModel",
     "build_model",
     "create_model",
     "lay_spans",

@@ -7,6 +7,7 @@ from mmlong.tasks.base import ArchitectureMismatchError, Task
 from mmlong.tasks.classify import ClassifyTask
 from mmlong.tasks.contrast import ContrastTask
 from mmlong.tasks.joint import JointTask
+from mmlong.tasks.joint_contrast import JointContrastTask
 from mmlong.tasks.masked import MaskedTask
 from mmlong.tasks.masking import Masking
 from mmlong.tasks.multilabel import MultiLabelTask
@@ -18,6 +19,7 @@ __all__ = [
     "AutoregressTask",
     "ClassifyTask",
     "ContrastTask",
+    "JointContrastTask",
     "JointTask",
     "MaskedTask",
     "Masking",
