@@ -113,7 +113,7 @@ def stream(
     return one_by_one()
 
 
-def _check(model: AutoregressiveModel, length: int, prompt: Tensor | None) -> None:
+def _check(model: AutoregressiveModel | Speaking, length: int, prompt: Tensor | None) -> None:
     if length < 0 or (prompt is not None and prompt.shape[1] < 1):
         raise ValueError(f"length is {length} and the prompt {None if prompt is None else tuple(prompt.shape)}")
     total, whole = length + (0 if prompt is None else prompt.shape[1]), model.modality.tokens_per_sample()

@@ -292,7 +292,7 @@ class Speaking:
 
     def begin(self, batch: int = 1) -> State:
         """The state before the first token of ``batch`` rows, of which this span is the first."""
-        like = self.voice.start.detach()
+        like = self.voice.start_vector().detach()
         tails = {
             name: like.new_zeros(batch, voice.linear.reach, voice.modality.channels)
             for name, voice in self.model.voices.items()

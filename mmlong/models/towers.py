@@ -68,7 +68,8 @@ class TowersModel(Model):
         self.towers: Any = nn.ModuleDict(
             {name: Tower(given, heads.get(name) or {}, self.backbone) for name, given in config["modalities"].items()}
         )
-        if per_token := [name for name, tower in self.towers.items() if tower.head.per_token]:
+        towers: Any = self.towers
+        if per_token := [name for name, tower in towers.items() if tower.head.per_token]:
             raise ValueError(f"a tower makes one vector of a row; the head of {per_token[0]} predicts tokens")
         config["heads"] = {name: tower.options for name, tower in self.towers.items()}
 

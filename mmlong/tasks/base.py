@@ -136,10 +136,10 @@ class Task(pl.LightningModule):
     def show_data(self, data: Any) -> None:
         """Give the modality what it takes from training data."""
         if not self.model.modality.initialised and hasattr(data, "samples"):
-            rows = self.shown(data)
+            rows = self.sample_rows(data)
             self.model.modality.initialise(rows["raw"][rows["weight"] > 0])
 
-    def shown(self, data: Any) -> dict[str, Any]:
+    def sample_rows(self, data: Any) -> dict[str, Any]:
         """A batch of samples, the same on every rank, from all over the training data, and without augmentation."""
         samples = data.samples("train", False)
         places = range(0, len(samples), -(-len(samples) // SHOWN))

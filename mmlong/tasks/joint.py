@@ -129,7 +129,7 @@ class JointTask(Task):
         """Give each modality what it takes from training data."""
         missing = {name: voice.modality for name, voice in self.joint.voices.items() if not voice.modality.initialised}
         if missing and hasattr(data, "samples"):
-            parts = self.shown(data)["parts"]
+            parts = self.sample_rows(data)["parts"]
             for name, modality in missing.items():
                 if name in parts:
                     modality.initialise(parts[name]["raw"])
@@ -189,7 +189,8 @@ class JointTask(Task):
 
         def step(pieces: list[Tensor], state: State, piece: Layout | None) -> tuple[Tensor, State]:
             here = Spans.of(pieces, self.joint.names)
-            with own_losses() if asks else nullcontext([]) as found:
+            collecting: Any = own_losses() if asks else nullcontext([])
+            with collecting as found:
                 prediction, state = self.model(here, state, piece)
             total = torch.zeros((), device=here.kind.device)
             for name, (nats, numbers) in self.joint.losses(prediction, here).items():

@@ -69,7 +69,7 @@ class JointContrastTask(Task):
         assert isinstance(self.model, TowersModel)
         missing = {name: t.modality for name, t in self.model.towers.items() if not t.modality.initialised}
         if missing and hasattr(data, "samples"):
-            parts = self.shown(data)["parts"]
+            parts = self.sample_rows(data)["parts"]
             for name, modality in missing.items():
                 modality.initialise(parts[name]["raw"])
 
