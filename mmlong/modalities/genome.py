@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mmlong.layout import Layout
-from mmlong.modalities.contract import Modality, looks, register_modality
+from mmlong.modalities.contract import Modality, looks, register_modality, row_layout
 
 LETTERS = b"ACGTN"
 """The letter of each code."""
@@ -131,12 +131,9 @@ class GenomeModality(Modality):
             raise TypeError(f"DNA is uint8 (B, T) of ASCII letters, got {raw.dtype}: give the letters, not their codes")
         if raw.ndim != 2 or raw.shape[1] < 1:
             raise ValueError(f"DNA is uint8 (B, T) with T >= 1, one ASCII letter a nucleotide; got {tuple(raw.shape)}")
-        layout = Layout(lengths=lengths, resets=resets)
-        layout.check(*raw.shape)
-        if lengths is not None and looks() and bool(((lengths < 0) | (lengths > raw.shape[1])).any()):
-            raise ValueError(f"lengths must be 0 .. {raw.shape[1]}, got {lengths.tolist()}")
+        layout, valid = row_layout(raw.shape[0], raw.shape[1], lengths, resets)
         codes = letter_codes(self.ambiguous, self.soft_masked).to(raw.device)[raw.long()]
-        if (valid := layout.valid(raw.shape[1])) is not None:
+        if valid is not None:
             codes = torch.where(valid, codes, N)
         if looks() and bool((bad := codes == _BAD).any()):
             row, place = bad.nonzero()[0].tolist()

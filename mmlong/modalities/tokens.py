@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmlong.layout import Layout
-from mmlong.modalities.contract import Modality, looks, register_modality
+from mmlong.modalities.contract import Modality, looks, register_modality, row_layout
 
 
 @register_modality("tokens")
@@ -74,11 +74,7 @@ class TokensModality(Modality):
             raise TypeError(f"tokens are int64 (B, T), got {raw.dtype}")
         if raw.ndim != 2 or raw.shape[1] < 1:
             raise ValueError(f"tokens are int64 (B, T) with T >= 1, got {tuple(raw.shape)}")
-        layout = Layout(lengths=lengths, resets=resets)
-        layout.check(*raw.shape)
-        if lengths is not None and looks() and bool(((lengths < 0) | (lengths > raw.shape[1])).any()):
-            raise ValueError(f"lengths must be 0 .. {raw.shape[1]}, got {lengths.tolist()}")
-        valid = layout.valid(raw.shape[1])
+        layout, valid = row_layout(raw.shape[0], raw.shape[1], lengths, resets)
         tokens = raw.clone() if valid is None else torch.where(valid, raw, 0)
         if looks() and bool(((tokens < 0) | (tokens >= self.known)).any()):
             raise ValueError(f"codes must be 0 .. {self.known - 1}, got {int(tokens.min())} .. {int(tokens.max())}")
