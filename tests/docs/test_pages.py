@@ -107,6 +107,13 @@ def test_code_that_runs_elsewhere_does() -> None:
     assert len(WITH_CODE) >= 10
 
 
+STOPS = (
+    "mmlong.cli.engine.Engine", "mmlong.cli.estimate.Recipe", "mmlong.cli.bench._build", "mmlong.cli.build.parse",
+    "mmlong.cli.bench_speed._measured",
+)  # fmt: skip
+"""Where work begins in the commands that read keys of a recipe beside their own options; the others begin behind `parse_args`."""
+
+
 class Reached(Exception):  # noqa: N818
     """A command was read to its end, and would now begin to work."""
 
@@ -123,9 +130,11 @@ def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Reached(given)
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
-    for where in ("mmlong.cli.engine.Engine", "mmlong.cli.estimate.Recipe", "mmlong.cli.bench._build"):
+    for where in STOPS:
         monkeypatch.setattr(where, reached)
     monkeypatch.setattr("mmlong.cli.bench._consumed", lambda run: 1.0)
+    understood = importlib.import_module("mmlong.cli.knn")._parse
+    monkeypatch.setattr("mmlong.cli.knn._parse", lambda *given: reached(understood(*given)))
 
 
 def written_on(page: Path) -> set[str]:
