@@ -48,7 +48,14 @@ PART_LISTS: dict[str, list[Any]] = {
     "spacebyte": [LOCAL, {"spacebyte": "utf8", "parts": ["attention", {"pool": 2, "parts": ["gru"]}]}, "gru"],
 }  # fmt: skip
 
-SEE_BOTH_SIDES = ("perceiver", "perceiver_io", "token_learner", "charformer", "funnel")
+SEE_BOTH_SIDES: dict[str, dict[str, Any]] = {
+    **{
+        key: {key: 2, "parts": ["gru"]}
+        for key in ("perceiver", "perceiver_io", "token_learner", "charformer", "funnel")
+    },
+    "timm": {"timm": "test_resnet", "stage": 1},
+    "transformers": {"transformers": "fnet", "layers": 1},
+}
 """Parts that no causal backbone may have."""
 
 MEMORIES: dict[str, dict[str, Any]] = {
@@ -102,7 +109,7 @@ def test_every_form_and_part_has_a_tower() -> None:
 @pytest.mark.parametrize("key", SEE_BOTH_SIDES)
 def test_what_sees_both_sides_is_refused(key: str) -> None:
     with pytest.raises(ValueError, match="direction"):
-        model({"parts": ["gru", {key: 2, "parts": ["gru"]}]})
+        model({"parts": ["gru", SEE_BOTH_SIDES[key]]})
 
 
 @pytest.mark.parametrize("name", TOWERS)
