@@ -235,8 +235,11 @@ CHAOTIC = {
 """What cannot be asked of 65,536 tokens, as the mechanism's file says."""
 
 
-COMPOSED = {"vmamba": "four of mamba's scans, which are asked themselves"}
-"""Mixers that are others several times over."""
+LONGEST = (
+    "gla", "hyena", "kda", "local", "log_linear", "mamba", "mamba2", "mega", "mlstm", "performer", "retnet", "rg_lru", "rwkv4", "rwkv6", "rwkv7",
+    "s4", "s4d", "s5", "stripedhyena2", "titans", "ttt_mlp",
+)  # fmt: skip
+"""One or two mixers over each op that joins chunks by states: how joints fare over 65,536 tokens is the op's affair, and a run of all mixers takes ten minutes (``at_length`` says of which it could say anything)."""
 
 
 def strong(name: str) -> Callable[[nn.Module], None] | None:
@@ -257,7 +260,7 @@ def at_length(name: str) -> bool:
     kind = MIXERS[name]
     # Attention over what a pattern or a selection lists has neither decays nor chunks that states join: as exact at any length.
     listed = issubclass(kind, DocumentMixer) and name not in SET
-    return kind.traits.cost != "n^2" and name not in {*SEQUENTIAL, *COMPOSED} and not listed
+    return kind.traits.cost != "n^2" and name not in SEQUENTIAL and not listed and name in LONGEST
 
 
 def forms() -> list[Any]:
