@@ -1,8 +1,8 @@
 """A needle in a million tokens: a model trained on ``far_recall`` reads a prompt of any length in pieces, and is asked for all eight keys at its end.
 
-``python -m mmlong.experiments.memory.needle NAME ... [--tokens 1048576] [--depths 0.1 0.5 0.9] [--rows 1] [--piece 4096] [--seed 0] [--json FILE]``
+``python -m mmlong.experiments.memory.needle NAME ... [--tokens 1048576] [--depths 0.1 0.5 0.9] [--rows 1] [--piece 4096] [--seed 0] [--json FILE] [--weights FOLDER]``
 
-The pairs lie within 64 tokens at a depth of the prompt, noise before and after. Says, for each subject and depth, how many of the eight are right in each row, the seconds that reading took, the bytes of state and the most memory that the process has held (10^9 bytes, Python and torch included).
+The pairs lie within 64 tokens at a depth of the prompt, noise before and after. Says, for each subject and depth, how many of the eight are right in each row, the seconds that reading took, the bytes of state and the most memory that the process has held (10^9 bytes, Python and torch included). Models that ``recall --weights FOLDER`` kept are taken from there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmlong.experiments.memory.recall import PROBE
-from mmlong.experiments.memory.subjects import SUBJECTS, as_mixer
+from mmlong.experiments.memory.subjects import SUBJECTS, as_mixer, keep, kept
 
 from mmlong.diagnose import Setting
 from mmlong.diagnose.cell import ProbeModel, learn_model
@@ -69,14 +69,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="of the probe's number of steps")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 for its own choice")
-    parser.add_argument("--json", type=Path)
+    for file in ("json", "weights"):
+        parser.add_argument(f"--{file}", type=Path)
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     found: list[dict[str, Any]] = []
     for name in args.names:
-        cell, model = learn_model(Setting(as_mixer(name), PROBE, seed=args.seed, scale=args.scale))
-        print(f"{name}: learned in {cell.steps} steps, {cell.seconds:.0f} s", flush=True)
+        setting = Setting(as_mixer(name), PROBE, seed=args.seed, scale=args.scale)
+        model = kept(args.weights, setting) if args.weights else None
+        if model is None:
+            cell, model = learn_model(setting)
+            print(f"{name}: learned in {cell.steps} steps, {cell.seconds:.0f} s", flush=True)
+            if args.weights:
+                keep(model, args.weights, setting)
         model.eval()
         for depth in args.depths:
             rng = np.random.default_rng([args.seed, 3, round(1000 * depth)])

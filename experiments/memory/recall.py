@@ -1,8 +1,8 @@
-"""Recall by distance: eight pairs told early, asked for at any distance (``mmlong diagnose``'s ``far_recall``), trained on up to 1,024 tokens.
+"""Recall by distance: eight pairs told early, asked for at any distance (``mmlong diagnose``'s ``far_recall``), trained on up to 512 tokens.
 
-``python -m mmlong.experiments.memory.recall [NAME ...] [--scale 1] [--seed 0] [--json FILE] [--plot FILE] [--markdown FILE]``
+``python -m mmlong.experiments.memory.recall [NAME ...] [--scale 1] [--seed 0] [--json FILE] [--plot FILE] [--markdown FILE] [--weights FOLDER]``
 
-Accuracy on fresh sequences, by how far back what is asked lies at least. Every subject is kept when it is done, so a run that was stopped goes on where it was (``--json``).
+Accuracy on fresh sequences, by how far back what is asked lies at least. Every subject is kept when it is done, so a run that was stopped goes on where it was (``--json``); ``--weights`` keeps the models, which ``needle`` then need not learn anew.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 
 import torch
-from mmlong.experiments.memory.subjects import SUBJECTS, WINDOW, as_mixer
+from mmlong.experiments.memory.subjects import SUBJECTS, WINDOW, as_mixer, keep
 
-from mmlong.diagnose import PROBES, Setting, learn
+from mmlong.diagnose import PROBES, Setting
+from mmlong.diagnose.cell import learn_model
 from mmlong.diagnose.report import Findings, markdown
 
 PROBE = "far_recall"
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="of the probe's number of steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 for its own choice")
-    for file in ("json", "plot", "markdown"):
+    for file in ("json", "plot", "markdown", "weights"):
         parser.add_argument(f"--{file}", type=Path)
     args = parser.parse_args(argv)
     if unknown := [name for name in args.names if name not in SUBJECTS]:
@@ -71,8 +72,12 @@ def main(argv: list[str] | None = None) -> int:
         setting = Setting(as_mixer(name), PROBE, seed=args.seed, scale=args.scale)
         if setting.key in findings.cells:
             continue
-        cell = learn(setting, lambda step, steps, right, n=name: print(f"{n}: {step}/{steps}, {right:.1%}", flush=True))
+        cell, model = learn_model(
+            setting, lambda step, steps, right, n=name: print(f"{n}: {step}/{steps}, {right:.1%}", flush=True)
+        )
         findings.add(cell)
+        if args.weights:
+            keep(model, args.weights, setting)
         said = cell.failed or ", ".join(f"{test} {value:.1%}" for test, value in cell.accuracy.items())
         print(f"{name}: {said} ({cell.steps} steps, {cell.seconds:.0f} s)", flush=True)
         if args.json:

@@ -127,6 +127,14 @@ def _right(logits: Tensor, answers: Tensor) -> tuple[int, int]:
     return int((logits.argmax(-1)[asked] == answers[asked]).sum()), int(asked.sum())
 
 
+def probe_model(setting: Setting) -> ProbeModel:
+    """The model that a setting learns, untrained."""
+    parts = [] if isinstance(setting.mixer, str) else setting.mixer.get("parts", [])
+    mixers = ["mamba2"] if parts else [setting.mixer]
+    backbone = BackboneConfig(dim=setting.dim, depth=setting.depth, mixers=mixers, parts=parts, ffn_ratio=2.0)
+    return ProbeModel(PROBES[setting.probe], backbone)
+
+
 def learn(setting: Setting, told: Callable[[int, int, float], None] | None = None) -> Cell:
     """Train and ask: :func:`learn_model`'s cell."""
     return learn_model(setting, told)[0]
@@ -145,10 +153,7 @@ def learn_model(setting: Setting, told: Callable[[int, int, float], None] | None
     """
     probe, begun = PROBES[setting.probe], time.perf_counter()
     torch.manual_seed(setting.seed)
-    parts = [] if isinstance(setting.mixer, str) else setting.mixer.get("parts", [])
-    mixers = ["mamba2"] if parts else [setting.mixer]
-    backbone = BackboneConfig(dim=setting.dim, depth=setting.depth, mixers=mixers, parts=parts, ffn_ratio=2.0)
-    model = ProbeModel(probe, backbone)
+    model = probe_model(setting)
     cell = Cell(setting, parameters=sum(p.numel() for p in model.parameters()))
     steps = max(1, round(probe.steps * setting.scale))
     config = OptimConfig(lr=probe.lr, weight_decay=probe.weight_decay, warmup=min(50, steps // 5 + 1))

@@ -253,7 +253,7 @@ _add("needle", Probe(
 ))  # fmt: skip
 _add("far_recall", Probe(
     "pairs told early, asked for at any distance", NOISE + FAR_KEYS * (1 + FAR_VALUES), draw_far_recall,
-    train=tuple({"length": n} for n in (128, 256, 512, 1024)),
+    train=tuple({"length": n} for n in (128, 256, 512)),
     tests={f"> {n}": {"length": 2 * n + TOLD, "near": n} for n in (16, 64, 128, 256, 512, 1024, 4096)}, chance=1 / FAR_VALUES,
     rows=16, steps=2000, weight_decay=0.0,
 ))  # fmt: skip

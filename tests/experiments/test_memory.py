@@ -62,9 +62,15 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert recall.main(words) == 0
     assert capsys.readouterr().out == ""
     asked = ["deltanet", "--tokens", "200", "--depths", "0.1", "0.9", "--rows", "2", "--piece", "64"]
+    asked += ["--weights", str(tmp_path / "kept")]
     assert needle.main([*asked, "--json", str(tmp_path / "n.json")]) == 0
+    assert "learned in 2 steps" in capsys.readouterr().out
+    # The kept model answers the same without being learned anew.
+    assert needle.main([*asked, "--json", str(tmp_path / "again.json")]) == 0
+    assert "learned" not in capsys.readouterr().out
     found = json.loads((tmp_path / "n.json").read_text())
     assert [one["depth"] for one in found] == [0.1, 0.9]
+    assert [one["right"] for one in json.loads((tmp_path / "again.json").read_text())] == [one["right"] for one in found]
     assert all(len(one["right"]) == 2 and one["state_mb"] > 0 for one in found)
     with pytest.raises(SystemExit):
         recall.main(["lokal"])
