@@ -200,6 +200,9 @@ def plot(report: Report, path: Path) -> None:
             memory.plot(xs, [(r.memory_bytes or 0) / 1e9 or None for r in rows], label=label, **style)
         for axis, name in ((seconds, "seconds"), (memory, "GB")):
             axis.set(xscale="log", yscale="log", xlabel="tokens of a row", ylabel=name)
+            lengths = sorted({row.length for rows in lines.values() for row in rows})
+            axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+            axis.minorticks_off()
             axis.grid(alpha=0.3)
         figure.legend(*seconds.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="x-small")
     if streams:
