@@ -2,7 +2,7 @@
 
     z = q + W_o Attention(LN(q), LN(x));      y = z + MLP(LN(z))
 
-(Jaegle et al. 2021, arXiv 2107.14795, section 3.1 and figure 6). Queries and what is read have norms of their own. Without ``residual`` the first line has no ``q +``, for queries that say where and not what.
+(Jaegle et al. 2021, arXiv 2107.14795, section 3.1 and figure 6). Queries and what is read have norms of their own. Without ``residual`` the first line has no ``q +``, for queries that say where and not what. Keys and values may have widths of their own.
 """
 
 from __future__ import annotations
@@ -24,20 +24,34 @@ class CrossRead(nn.Module):
         heads: ``None`` for about one per 64 channels.
         ratio: hidden width of the feed-forward over ``dim``.
         residual: queries are added to what they read.
+        qk_dim: width of queries and keys, of all heads together; ``None``: ``dim``.
+        v_dim: width of values; ``None``: ``dim``.
 
     Raises:
-        ValueError: heads that do not divide the width.
+        ValueError: heads that do not divide the widths.
     """
 
     def __init__(
-        self, dim: int, source: int, heads: int | None = None, ratio: float = 1.0, residual: bool = True
+        self,
+        dim: int,
+        source: int,
+        heads: int | None = None,
+        ratio: float = 1.0,
+        residual: bool = True,
+        qk_dim: int | None = None,
+        v_dim: int | None = None,
     ) -> None:
         super().__init__()
-        self.heads, _, self.head_dim = head_sizes("cross attention", dim, heads, None, None)
+        qk_dim, v_dim = qk_dim or dim, v_dim or dim
+        self.heads, _, self.head_dim = head_sizes("cross attention", qk_dim, heads, None, None)
+        if v_dim % self.heads:
+            raise ValueError(f"cross attention: values of {v_dim} channels do not divide into {self.heads} heads")
         self.residual = residual
         self.norm_queries, self.norm_source, self.norm = nn.LayerNorm(dim), nn.LayerNorm(source), nn.LayerNorm(dim)
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(n, dim) for n in (dim, source, source))
-        self.out_proj = nn.Linear(dim, dim)
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(a, b) for a, b in ((dim, qk_dim), (source, qk_dim), (source, v_dim))
+        )
+        self.out_proj = nn.Linear(v_dim, dim)
         self.ffn = create_ffn("mlp", dim, ratio)
 
     def forward(

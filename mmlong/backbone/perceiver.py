@@ -4,17 +4,21 @@ With ``N`` latents ``Z_0``, learned, ``R`` reads, and ``CrossRead(q, x)`` querie
 
     Z_r = inner(CrossRead_r(Z_{r-1}, x)),  r = 1 .. R
 
-- ``perceiver_io`` follows Jaegle et al. 2021b (arXiv 2107.14795): ``y = CrossRead(x, Z_R)``, the output queries being the tokens themselves, as for the paper's optical flow, so that every token has its own result and the part stands wherever a block does. One read.
+- ``perceiver_io`` follows Jaegle et al. 2021b (arXiv 2107.14795): ``y = CrossRead(x, Z_R)``, the output queries being the tokens themselves, as for the paper's optical flow, so that every token has its own result and the part stands wherever a block does; or, with ``queries``, a learned vector for each place of a document, as for the paper's
+  masked language model. One read.
 - ``perceiver`` follows Jaegle et al. 2021a (arXiv 2103.03206): what comes out are the latents themselves, so ``N`` tokens for as many as came in; it is the last part of a backbone, and a head pools the latents (the paper: their mean, then a linear layer). The tokens are read again and again; with
   ``share`` all reads after the first have the same weights, as the paper's have, and the inner parts are the same at every read, as the paper's latent transformers are.
 
 The work of the inner parts is independent of the length, and that of reading is linear in it. Both sides are seen, so ``backbone.direction`` is ``both``. Of a row with several documents, each has latents of its own.
 
-Departures: widths of heads are the queries' width over their number; in the paper's terms positions are not concatenated here, but are the embedding's affair; the feed-forward of a read is GELU's two layers (2103.03206 has GEGLU in some of its versions). Inner parts that know an order read the latents in theirs: use
+Departures: unless ``qk_dim`` and ``v_dim`` say otherwise, widths of heads are the queries' width over their number; in the paper's terms positions are not concatenated here, but are the embedding's affair; the feed-forward of a read is GELU's two layers (2103.03206 has GEGLU in some of its versions). Inner parts that know an order read the latents in theirs: use
 ``{name: attention, positions: none, bias: true}`` with ``ffn: mlp`` for the paper's latent transformer.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +29,7 @@ from mmlong.backbone.two_sided import TwoSided
 from mmlong.layout import Layout
 from mmlong.mixers import State
 from mmlong.ops.documents import Documents, documents_of
+from mmlong.registry import nearest
 
 
 class Latents(TwoSided):
@@ -38,6 +43,7 @@ class Latents(TwoSided):
         ratio: hidden width of a read's feed-forward over its width.
         reads: R.
         share: reads after the first have the same weights.
+        qk_dim, v_dim: widths of the reads' keys and values (:class:`CrossRead`).
 
     Raises:
         ValueError: sizes below 1 or that do not divide, or causal parts.
@@ -53,6 +59,8 @@ class Latents(TwoSided):
         ratio: float,
         reads: int,
         share: bool,
+        qk_dim: int | None,
+        v_dim: int | None,
     ) -> None:
         super().__init__(inner)
         if latents < 1 or reads < 1:
@@ -60,7 +68,9 @@ class Latents(TwoSided):
         self.latents = nn.Parameter(nn.init.trunc_normal_(torch.empty(latents, inner_dim), std=0.02))
         self.reads = reads
         own = min(reads, 2) if share else reads
-        self.read = nn.ModuleList(CrossRead(inner_dim, dim, heads, ratio) for _ in range(own))
+        self.read = nn.ModuleList(
+            CrossRead(inner_dim, dim, heads, ratio, qk_dim=qk_dim, v_dim=v_dim) for _ in range(own)
+        )
 
     def known(self, documents: Documents) -> Tensor:
         """The latents ``(N, latents, inner_dim)`` of every document, after all reads."""
@@ -83,10 +93,13 @@ class PerceiverIO(Latents):
         ratio: hidden width of a read's feed-forward over its width.
         reads: how often the latents read the tokens.
         share: reads after the first have the same weights.
+        qk_dim, v_dim: widths of the reads' keys and values (:class:`CrossRead`).
         residual: tokens are added to what they read.
+        queries: documents of up to so many tokens ask by a learned vector for each place; ``None``: by the tokens themselves.
+        ask: ``heads``, ``ratio``, ``qk_dim`` and ``v_dim`` of the last read, where they are others than those of the first.
 
     Raises:
-        ValueError: as :class:`Latents`.
+        ValueError: as :class:`Latents`; an option of ``ask`` that there is not. When called: a document longer than ``queries``.
     """
 
     def __init__(
@@ -100,12 +113,33 @@ class PerceiverIO(Latents):
         reads: int = 1,
         share: bool = True,
         residual: bool = True,
+        qk_dim: int | None = None,
+        v_dim: int | None = None,
+        queries: int | None = None,
+        ask: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(inner, latents, dim, inner_dim, heads, ratio, reads, share)
-        self.ask = CrossRead(dim, inner_dim, heads, ratio, residual)
+        super().__init__(inner, latents, dim, inner_dim, heads, ratio, reads, share, qk_dim, v_dim)
+        own = {"heads": heads, "ratio": ratio, "qk_dim": qk_dim, "v_dim": v_dim}
+        for name in ask or {}:
+            if name not in own:
+                raise ValueError(f"perceiver_io: ask has no option {name!r}{nearest(name, list(own))}")
+        if queries is not None and queries < 1:
+            raise ValueError(f"perceiver_io: queries must be at least 1, or None for the tokens, got {queries}")
+        self.ask = CrossRead(dim, inner_dim, residual=residual, **{**own, **(ask or {})})
+        self.queries = (
+            None if queries is None else nn.Parameter(nn.init.trunc_normal_(torch.empty(queries, dim), std=0.02))
+        )
 
     def run(self, documents: Documents) -> Tensor:
-        return self.ask(documents.rows, self.known(documents))
+        asked = documents.rows
+        if self.queries is not None:
+            N, T, _ = asked.shape
+            if len(self.queries) < T:
+                raise ValueError(
+                    f"perceiver_io has learned {len(self.queries)} queries, and a document has {T} tokens: make queries more, or leave it out"
+                )
+            asked = self.queries[:T].to(asked.dtype).expand(N, -1, -1)
+        return self.ask(asked, self.known(documents))
 
 
 @register_part("perceiver")
@@ -120,6 +154,7 @@ class Perceiver(Latents):
         ratio: hidden width of a read's feed-forward over its width.
         reads: how often the latents read the tokens.
         share: reads after the first have the same weights.
+        qk_dim, v_dim: widths of the reads' keys and values (:class:`CrossRead`).
 
     Raises:
         ValueError: as :class:`Latents`. When called: several documents in a row, of which one row of latents could not tell.
@@ -139,8 +174,10 @@ class Perceiver(Latents):
         ratio: float = 1.0,
         reads: int = 3,
         share: bool = True,
+        qk_dim: int | None = None,
+        v_dim: int | None = None,
     ) -> None:
-        super().__init__(inner, latents, dim, inner_dim, heads, ratio, reads, share)
+        super().__init__(inner, latents, dim, inner_dim, heads, ratio, reads, share, qk_dim, v_dim)
         self.tokens_out, self.width_out = latents, inner_dim
 
     def forward(self, x: Tensor, state: State = None, layout: Layout | None = None) -> tuple[Tensor, State]:

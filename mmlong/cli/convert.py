@@ -42,13 +42,11 @@ def run_convert(argv: list[str]) -> int:
     parser.add_argument("--globals", type=int, help="Longformer: how many first tokens are global (default 0)")
     parser.add_argument("--like", type=Path, help="going back: the converted folder that the model came from")
     args = parser.parse_args(argv)
-    from mmlong.convert import CONVERTERS, REFUSED, convert
+    from mmlong.convert import CONVERTERS, convert
 
     if args.list:
         for name in CONVERTERS.names():
             print(f"{name:16} {CONVERTERS[name].reads}: {CONVERTERS[name].note}")
-        for name, why in REFUSED.items():
-            print(f"{name:16} not converted: {why}")
         return 0
     if args.folder is None or args.out is None:
         raise CommandError("give the folder to convert and a new one, or --list")

@@ -139,12 +139,6 @@ CONVERTERS: Registry[Converter] = Registry("published model type", group="mmlong
 """By ``model_type`` of ``config.json``."""
 
 
-REFUSED: dict[str, str] = {
-    "perceiver": "its keys and values have widths of their own, and its decoder asks by learned queries and not by the tokens: another form than ours (backbone parts perceiver and perceiver_io)",
-}
-"""Model types that have a mixer or part of the same name here, and are not converted; and why."""
-
-
 def register_converter(model_type: str) -> Callable[[type[Converter]], type[Converter]]:
     """Class decorator: the converter of configurations of this ``model_type``."""
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmlong.convert.contract import CONVERTERS, REFUSED, Converter, ConvertError, Published
+from mmlong.convert.contract import CONVERTERS, Converter, ConvertError, Published
 from mmlong.convert.table import their_shapes, to_ours, to_theirs
 from mmlong.models import Config, Model, build_model
 from mmlong.registry import nearest
@@ -90,8 +90,6 @@ def converter_of(config: Mapping[str, Any]) -> Converter:
     kind = config.get("model_type")
     if kind is None:
         raise ConvertError("config.json has no model_type: it is neither of transformers' form nor one of ours")
-    if kind in REFUSED:
-        raise ConvertError(f"config.json: models of model_type {kind!r} are not converted: {REFUSED[kind]}")
     if kind not in CONVERTERS:
         known = CONVERTERS.names()
         raise ConvertError(

@@ -202,6 +202,7 @@ class SoftmaxAttention(CachedAttention):
         heads: heads of queries; ``None`` for about one per 64 channels.
         kv_heads: heads of keys and values, dividing ``heads``; ``None`` for as many.
         head_dim: channels of a head; ``None`` for ``dim / heads``.
+        value_dim: channels of a head's values; ``None`` for ``head_dim``.
         window: keys seen to each side of a token's own; ``None`` for all.
         positions: how queries know where keys are: ``rope``, ``xpos``, ``alibi``, ``t5``, ``transformer_xl`` or ``none`` (:mod:`mmlong.mixers.positions`).
         position_options: of those, e.g. ``{"base": 500000.0}``.
@@ -225,6 +226,7 @@ class SoftmaxAttention(CachedAttention):
         heads: int | None,
         kv_heads: int | None,
         head_dim: int | None,
+        value_dim: int | None = None,
         window: int | None = None,
         positions: str = "rope",
         position_options: Mapping[str, Any] | None = None,
@@ -239,6 +241,9 @@ class SoftmaxAttention(CachedAttention):
         super().__init__(dim, causal=causal, window=window, dropout=dropout, backend=backend)
         name = type(self).__name__
         self.heads, self.kv_heads, self.head_dim = head_sizes(name, dim, heads, kv_heads, head_dim)
+        if value_dim is not None and value_dim < 1:
+            raise ValueError(f"{name}: value_dim must be at least 1, got {value_dim}")
+        self.value_dim = value_dim or self.head_dim
         if softcap is not None and softcap <= 0:
             raise ValueError(f"{name}: softcap must be positive, or None for none, got {softcap}")
         self.softcap = softcap
@@ -248,14 +253,14 @@ class SoftmaxAttention(CachedAttention):
         self.placed = self.positions.placed
         self.q_proj = nn.Linear(dim, self.heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(dim, self.kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(dim, self.kv_heads * self.head_dim, bias=bias)
-        self.out_proj = nn.Linear(self.heads * self.head_dim, dim, bias=bias if out_bias is None else out_bias)
-        self.gate_proj = nn.Linear(dim, self.heads * self.head_dim, bias=bias) if gate else None
+        self.v_proj = nn.Linear(dim, self.kv_heads * self.value_dim, bias=bias)
+        self.out_proj = nn.Linear(self.heads * self.value_dim, dim, bias=bias if out_bias is None else out_bias)
+        self.gate_proj = nn.Linear(dim, self.heads * self.value_dim, bias=bias) if gate else None
         self.sinks = nn.Parameter(torch.zeros(self.heads)) if sink else None
 
     @property
     def key_bytes(self) -> int:
-        return 2 * 4 * self.kv_heads * self.head_dim
+        return 4 * self.kv_heads * (self.head_dim + self.value_dim)
 
     @property
     def plain(self) -> bool:
@@ -263,9 +268,9 @@ class SoftmaxAttention(CachedAttention):
         return type(self.positions).terms is Positions.terms and self.softcap is None and self.sinks is None
 
     def project(self, x: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """``q (B, heads, L, head_dim)``, ``k`` and ``v (B, kv_heads, L, head_dim)``, turned by int64 places ``(L,)`` or ``(B, L)`` in their documents (``None`` where nothing is turned)."""
+        """``q (B, heads, L, head_dim)``, ``k`` and ``v (B, kv_heads, L, head_dim or value_dim)``, turned by int64 places ``(L,)`` or ``(B, L)`` in their documents (``None`` where nothing is turned)."""
         q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
-        k, v = (w(x).unflatten(-1, (self.kv_heads, self.head_dim)) for w in (self.k_proj, self.v_proj))
+        k, v = (w(x).unflatten(-1, (self.kv_heads, -1)) for w in (self.k_proj, self.v_proj))
         if places is not None:
             q, k = self.positions.turn(q, k, places)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -281,7 +286,7 @@ class SoftmaxAttention(CachedAttention):
         return q, dataclasses.replace(terms, softcap=self.softcap, sink=self.sinks)
 
     def finish(self, x: Tensor, y: Tensor) -> Tensor:
-        """The gate, where there is one, and the last projection of what was read ``(B, L, heads * head_dim)``."""
+        """The gate, where there is one, and the last projection of what was read ``(B, L, heads * value_dim)``."""
         if self.gate_proj is not None:
             y = y * torch.sigmoid(self.gate_proj(x))
         return self.out_proj(y)
@@ -306,6 +311,7 @@ class Attention(SoftmaxAttention):
         heads: int | None = None,
         kv_heads: int | None = None,
         head_dim: int | None = None,
+        value_dim: int | None = None,
         positions: str = "rope",
         position_options: Mapping[str, Any] | None = None,
         softcap: float | None = None,
@@ -322,6 +328,7 @@ class Attention(SoftmaxAttention):
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
+            value_dim=value_dim,
             positions=positions,
             position_options=position_options,
             softcap=softcap,

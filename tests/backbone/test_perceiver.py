@@ -23,6 +23,19 @@ TRAITS = Traits(paper="of the house", causal=False, bidirectional=True, streamin
 FORMS: dict[str, list[Any]] = {
     "once": [{"perceiver_io": 5, "heads": 2, "parts": ["attention"]}],
     "three reads": [{"perceiver_io": 5, "dim": 24, "reads": 3, "parts": [INNER]}],
+    "own widths, learned queries": [
+        {
+            "perceiver_io": 5,
+            "heads": 2,
+            "dim": 24,
+            "qk_dim": 8,
+            "v_dim": 12,
+            "queries": 400,
+            "residual": False,
+            "ask": {"heads": 4, "qk_dim": 16, "v_dim": 20, "ratio": 2.0},
+            "parts": [{**INNER, "value_dim": 5}],
+        },
+    ],
     "between others": [
         INNER,
         {"perceiver_io": 3, "reads": 2, "share": False, "residual": False, "parts": [INNER]},
@@ -39,7 +52,7 @@ def build(parts: list[Any], dim: int = 16, **config: Any) -> Backbone:
     return made.double().eval()
 
 
-@pytest.mark.parametrize("name", ["once", "between others"])
+@pytest.mark.parametrize("name", ["once", "between others", "own widths, learned queries"])
 def test_the_contract(name: str) -> None:
     def make(dim: int) -> nn.Module:
         return Backbone(BackboneConfig(dim=dim, parts=FORMS[name], direction="both", ffn="none"))
@@ -186,6 +199,13 @@ def test_what_it_does_not_go_with() -> None:
         ([{"perceiver_io": 0, **inner}], "both", "at least 1 latent"),
         ([{"perceiver_io": 4, "reads": 0, **inner}], "both", "1 read, got 4 and 0"),
         ([{"perceiver_io": 4, "heads": 5, **inner}], "both", "does not divide into 5 heads"),
+        (
+            [{"perceiver_io": 4, "heads": 2, "v_dim": 7, **inner}],
+            "both",
+            "values of 7 channels do not divide into 2 heads",
+        ),
+        ([{"perceiver_io": 4, "queries": 0, **inner}], "both", "queries must be at least 1"),
+        ([{"perceiver_io": 4, "ask": {"qkdim": 4}, **inner}], "both", r"no option 'qkdim' \(did you mean 'qk_dim'\?\)"),
         ([{"perceiver": 4, **inner}, "attention"], "both", "stands last"),
         ([{"within": 4, "parts": [{"perceiver": 4, **inner}]}], "both", "stands last in a backbone, not in a part"),
     ):
@@ -193,3 +213,5 @@ def test_what_it_does_not_go_with() -> None:
             Backbone(BackboneConfig(dim=16, parts=parts, direction=direction))
     with pytest.raises(ValueError, match="has none"):
         build([{"perceiver_io": 4, **inner}]).parts()[0](torch.zeros(1, 3, 16), ())
+    with pytest.raises(ValueError, match="has learned 3 queries, and a document has 4 tokens"):
+        build([{"perceiver_io": 4, "queries": 3, **inner}]).parts()[0](torch.zeros(1, 4, 16, dtype=torch.float64))

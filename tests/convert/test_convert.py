@@ -81,6 +81,14 @@ def big_bird(**more: Any) -> nn.Module:
     return T.BigBirdForMaskedLM(config)
 
 
+def perceiver(**more: Any) -> nn.Module:
+    config = T.PerceiverConfig(
+        vocab_size=50, num_latents=6, d_latents=40, d_model=32, num_blocks=1, num_self_attends_per_block=2, num_self_attention_heads=4,
+        num_cross_attention_heads=2, max_position_embeddings=64, self_attention_widening_factor=2, **more,
+    )  # fmt: skip
+    return T.PerceiverForMaskedLM(config)
+
+
 MODELS: dict[str, tuple[Make, torch.dtype, float]] = {
     "gpt2": (gpt2, torch.float64, 1e-12),
     "gpt2, untied, of another width": (lambda: gpt2(tie_word_embeddings=False, n_inner=72), torch.float64, 1e-12),
@@ -98,6 +106,12 @@ MODELS: dict[str, tuple[Make, torch.dtype, float]] = {
         1e-12,
     ),
     "big_bird": (big_bird, torch.float64, 1e-12),
+    "perceiver": (lambda: perceiver(qk_channels=16, v_channels=40), torch.float64, 1e-12),
+    "perceiver, of the latents' width": (
+        lambda: perceiver(cross_attention_shape_for_attention="q"),
+        torch.float64,
+        1e-12,
+    ),
 }
 """A model of theirs, in which precision it is compared, and how near (theirs compute some of it in float32 whatever they are given)."""
 
@@ -120,9 +134,10 @@ def codes(model: Any, length: int = 41) -> Tensor:
 
 def logits(model: Any, tokens: Tensor) -> Tensor:
     with torch.no_grad():
-        masked = model.config.model_type in ("longformer", "big_bird")
+        masked = model.config.model_type in ("longformer", "big_bird", "perceiver")
         found: Tensor = model(tokens, **({} if masked else {"use_cache": False})).logits
-    return found
+    # A Perceiver answers for all of its places.
+    return found[:, : tokens.shape[1]]
 
 
 def ours_on(folder: Path, tokens: Tensor, dtype: torch.dtype) -> Tensor:

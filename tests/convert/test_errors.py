@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmlong.cli import main
-from mmlong.convert import CONVERTERS, REFUSED, ConvertError, Published, convert
+from mmlong.convert import CONVERTERS, ConvertError, Published, convert
 from mmlong.convert.folder import hollow
 from mmlong.convert.table import TRANSPOSED, Row, their_shapes, to_ours, to_theirs
 from mmlong.models import build_model, load_model, save_model
@@ -94,11 +94,10 @@ def test_tensors_that_do_not_fit_are_named(change: Change, message: str, tmp_pat
         ),
         ({"activation_function": "mish"}, "activation_function is 'mish'; activations that can be converted: gelu"),
         ({"model_type": "gpt3"}, r"model_type 'gpt3' are not converted \(did you mean 'gpt2'\?\)"),
-        ({"model_type": "perceiver"}, "'perceiver' are not converted: its keys and values have widths of their own"),
         ({"model_type": None}, "no model_type"),
         ({"n_head": 3}, "does not divide into 3 heads"),
     ],
-    ids=["form", "activation", "type", "refused", "none", "sizes"],
+    ids=["form", "activation", "type", "none", "sizes"],
 )
 def test_configurations_that_ours_has_no_form_for(config: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
@@ -218,7 +217,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
     status, out, _ = run("convert", "--list")
     assert status == 0
-    assert [line.split()[0] for line in out.splitlines()] == [*CONVERTERS.names(), *REFUSED]
+    assert [line.split()[0] for line in out.splitlines()] == list(CONVERTERS.names())
     at, ours = folder(tmp_path / "theirs"), tmp_path / "ours"
     status, out, err = run("convert", at, ours)
     assert (status, out) == (0, f"GPT-2, autoregressive: 1,176 numbers in {ours}\n"), err
@@ -245,3 +244,19 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     status, out, err = run("convert", at, ours)
     assert status == 1
     assert "exists already" in err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"num_blocks": 2}, "num_blocks is 2, and only 1 can be converted: each layer on the latents"),
+        ({"architectures": ["PerceiverForImageClassificationLearned"]}, "only PerceiverForMaskedLM can be converted"),
+        ({"v_channels": 24}, "v_channels is 24 and d_latents 40"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu', and only 'gelu'"),
+    ],
+    ids=["shared", "images", "values", "activation"],
+)
+def test_perceivers_of_another_form(more: dict[str, Any], message: str) -> None:
+    sizes = {"d_latents": 40, "d_model": 32, "max_position_embeddings": 64, "num_latents": 6, "vocab_size": 50}
+    with pytest.raises(ConvertError, match=message):
+        CONVERTERS["perceiver"].config(Published({**sizes, "qk_channels": 16, "v_channels": 40, **more}), "plain")

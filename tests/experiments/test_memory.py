@@ -70,7 +70,9 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "learned" not in capsys.readouterr().out
     found = json.loads((tmp_path / "n.json").read_text())
     assert [one["depth"] for one in found] == [0.1, 0.9]
-    assert [one["right"] for one in json.loads((tmp_path / "again.json").read_text())] == [one["right"] for one in found]
+    assert [one["right"] for one in json.loads((tmp_path / "again.json").read_text())] == [
+        one["right"] for one in found
+    ]
     assert all(len(one["right"]) == 2 and one["state_mb"] > 0 for one in found)
     with pytest.raises(SystemExit):
         recall.main(["lokal"])

@@ -62,7 +62,7 @@ NEARER: dict[str, Nearer] = {
         {"max_span": 20, "ramp": 6, "initial_span": 0.3, "near": 9, "heads": 2, "kv_heads": 1},
         {"mmlong.ops.expiring_attention.SCORES": 1 << 13},
     ),
-    "attention": Nearer({"heads": 4, "kv_heads": 2}, TILES),
+    "attention": Nearer({"heads": 4, "kv_heads": 2, "value_dim": 5}, TILES),
     "diff_attention": Nearer({"heads": 4, "kv_heads": 2}, TILES),
     "forgetting_attention": Nearer({"heads": 4, "kv_heads": 2, "qk_norm": True, "gate": True}, TILES),
     "mla": Nearer({"heads": 2, "q_rank": 12, "kv_rank": 10, "v_dim": 6}, TILES),
