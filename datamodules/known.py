@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 from .errors import DataError
+from .genome_tasks import GENOMIC_BENCHMARKS, NUCLEOTIDE_TRANSFORMER
 from .records import KnownSequences
 
 MODULES: dict[str, str] = {
@@ -30,6 +31,9 @@ MODULES: dict[str, str] = {
     "binding": "binding",
     "families": "families",
     "families-transcripts": "families",
+    **dict.fromkeys(("enwik8", "text8", "pg19"), "corpora"),
+    **{f"gb-{task}": "genome_benchmarks" for task in GENOMIC_BENCHMARKS},
+    **{f"nt-{task}": "genome_benchmarks" for task in NUCLEOTIDE_TRANSFORMER},
 }
 
 
