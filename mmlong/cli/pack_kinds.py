@@ -42,6 +42,12 @@ def _image(args: argparse.Namespace) -> ImageSource:
     return folder_source(args.paths[0], args.labels, args.licence)
 
 
+def _imagenet64(args: argparse.Namespace) -> ImageSource:
+    from mmlong.datamodules.imagenet64 import load
+
+    return load(args.paths[0])
+
+
 def _image_options(group: Parser) -> None:
     group.add_argument(
         "--size", type=_size, help="resize to SIDE or HEIGHTxWIDTH (default: as it is, if all are equal)"
@@ -138,6 +144,7 @@ def _array(args: argparse.Namespace) -> SequenceSource:
 
 KINDS: dict[str, Kind] = {
     "image": Kind("image", _image, "a folder of images"),
+    "imagenet64": Kind("image", _imagenet64, "the published files of ImageNet at 64x64, of either downsampling"),
     "text": Kind("text", _text, "a text file, or a folder of them"),
     "jsonl": Kind("text", _jsonl, "a JSONL, a text in each line"),
     "audio": Kind("audio", _audio, "a folder of sounds"),
