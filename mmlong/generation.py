@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmlong.backbone.prefill import states_only
 from mmlong.heads import Sampling
 from mmlong.layout import Layout
 from mmlong.mixers import State
@@ -44,7 +45,8 @@ def read(model: AutoregressiveModel | Speaking, prompt: Tensor, state: State = N
         piece: tokens run at a time.
     """
     for start in range(0, prompt.shape[1], piece):
-        _, state = model.forward_features(prompt[:, start : start + piece], state)
+        with states_only():
+            _, state = model.forward_features(prompt[:, start : start + piece], state)
     return model.begin(prompt.shape[0]) if state is None else state
 
 

@@ -20,6 +20,7 @@ import torch
 from mmlong.experiments.memory.recall import PROBE
 from mmlong.experiments.memory.subjects import SUBJECTS, as_mixer, keep, kept
 
+from mmlong.backbone.prefill import states_only
 from mmlong.diagnose import Setting
 from mmlong.diagnose.cell import ProbeModel, learn_model
 from mmlong.diagnose.probes import FAR_KEYS, FAR_VALUES, NOISE, TOLD
@@ -45,7 +46,8 @@ def ask(model: ProbeModel, codes: np.ndarray, answers: np.ndarray, piece: int) -
     tokens = torch.from_numpy(codes)
     questions = tokens.shape[1] - FAR_KEYS
     for start in range(0, questions, piece):
-        _, state = model.backbone(model.embed(tokens[:, start : min(start + piece, questions)]), state)
+        with states_only():
+            _, state = model.backbone(model.embed(tokens[:, start : min(start + piece, questions)]), state)
     read = time.perf_counter() - begun
     for n in range(FAR_KEYS):
         x, state = model.backbone(model.embed(tokens[:, questions + n, None]), state)

@@ -78,6 +78,11 @@ class Block(nn.Module):
         y, state = self.mixer(x if self.norm_after else self.norm1(x), state, layout)
         return self.drop_path(self.dropout(self.scale1(y))), state
 
+    def absorb(self, x: Tensor, state: State = None, layout: Layout | None = None) -> State:
+        """The state alone of :meth:`forward` (:mod:`mmlong.backbone.prefill`)."""
+        x = x if self.norm_after else self.norm1(x)
+        return self.mixer.absorb(x, state, layout) if hasattr(self.mixer, "absorb") else self.mixer(x, state, layout)[1]
+
     def feed(self, x: Tensor, layout: Layout | None = None) -> Tensor:
         """The feed-forward's branch, of a block that has one."""
         assert self.ffn is not None

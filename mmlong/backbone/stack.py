@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmlong.backbone import prefill
 from mmlong.backbone.block import Block, Merge
 from mmlong.backbone.colt5 import CoLT5
 from mmlong.backbone.directions import Direction, create_directed
@@ -309,7 +310,9 @@ class Backbone(nn.Module):
                 out += after
                 continue
             for block in stage:  # type: ignore[attr-defined]
-                if self.grad_checkpointing and torch.is_grad_enabled():
+                if prefill.asked() and self.streaming and block is parts[-1] and hasattr(block, "absorb"):
+                    after, x = block.absorb(x, next(states), layout), torch.full_like(x, torch.nan)
+                elif self.grad_checkpointing and torch.is_grad_enabled():
                     x, after = checkpoint(block, x, next(states), layout, use_reentrant=False, context_fn=asked_again)
                 else:
                     x, after = block(x, next(states), layout)

@@ -140,18 +140,30 @@ class CachedAttention(Mixer):
         return (1 - L if self.window is None else max(-self.window, 1 - L)), highest
 
     def mix(self, x: Tensor, state: State, layout: Layout | None) -> tuple[Tensor, State]:
-        L = x.shape[1]
-        layout = layout if ragged(layout) else None
-        past = 0 if state is None else state[self.caches[0]].shape[2]
-        counts = None if state is None else state.get("count")
-        places = positions_in(layout, L, past if counts is None else counts, x.device) if self.placed else None
-        q, *cached = self.project(x, places)
-        if state is not None:
-            cached = [torch.cat([state[name], t], 2) for name, t in zip(self.caches, cached, strict=True)]
+        L, layout = x.shape[1], layout if ragged(layout) else None
+        q, cached, counts = self.meet(x, state, layout)
+        past = cached[0].shape[2] - L
         held = None if counts is None else counts.clamp_max(past)
         visible = visible_in(layout, L, causal=self.causal, window=self.window, past=past, counts=held)
         y = self.read(x, q, tuple(cached), visible)
         return y, self.left_behind(cached, layout, L, counts) if self.causal else None
+
+    def absorb(self, x: Tensor, state: State = None, layout: Layout | None = None) -> State:
+        if not self.causal:
+            return super().absorb(x, state, layout)
+        layout = layout if ragged(layout) else None
+        _, cached, counts = self.meet(x, state, layout)
+        return self.left_behind(cached, layout, x.shape[1], counts)
+
+    def meet(self, x: Tensor, state: State, layout: Layout | None) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        """Queries, what is cached of the past and of the tokens, and how many each row's document had before."""
+        past = 0 if state is None else state[self.caches[0]].shape[2]
+        counts = None if state is None else state.get("count")
+        places = positions_in(layout, x.shape[1], past if counts is None else counts, x.device) if self.placed else None
+        q, *cached = self.project(x, places)
+        if state is not None:
+            cached = [torch.cat([state[name], t], 2) for name, t in zip(self.caches, cached, strict=True)]
+        return q, cached, counts
 
     def left_behind(self, cached: list[Tensor], layout: Layout | None, length: int, counts: Tensor | None) -> State:
         """The state after a piece.

@@ -102,6 +102,10 @@ class Mixer(nn.Module):
         """The mechanism itself; ``x`` and ``layout`` have been checked. Subclasses define this."""
         raise TypeError(f"{type(self).__name__} does not define mix(x, state, layout)")
 
+    def absorb(self, x: Tensor, state: State = None, layout: Layout | None = None) -> State:
+        """The state alone of :meth:`forward`, to the bit. Mixers whose outputs cost more than what they leave behind say how."""
+        return self(x, state, layout)[1]
+
     def state_bytes(self, length: int) -> int:
         """Bytes of one row's float32 state after ``length`` tokens; 0 for a mixer without a state."""
         raise TypeError(f"{type(self).__name__} does not define state_bytes(length)")

@@ -47,18 +47,29 @@ class DocumentMixer(Mixer):
         """
         raise TypeError(f"{type(self).__name__} does not define mix_document(x, state, past, layout)")
 
+    def absorb_document(self, x: Tensor, state: Parts | None, past: int, layout: Layout | None) -> Parts | None:
+        """The state alone of :meth:`mix_document`, for those that have it for less."""
+        return self.mix_document(x, state, past, layout)[1]
+
+    def absorb(self, x: Tensor, state: State = None, layout: Layout | None = None) -> State:
+        if not self.streaming or _ragged(layout) or (state is not None and "count" in state):
+            return super().absorb(x, state, layout)
+        parts, past = (None, 0) if state is None else _taken(state)
+        after = self.absorb_document(x, parts, past, layout)
+        return None if after is None else self._seen(after, x, past)
+
+    def _seen(self, after: Parts, x: Tensor, past: int) -> Parts:
+        return {**after, "seen": x.new_empty(x.shape[0], past + x.shape[1], 0)}
+
     def slots(self, seen: int) -> dict[str, int]:
         """Slots, on axis -2, of each cache of the state after ``seen`` tokens. Tensors of the state that are not named are of one size always."""
         return {}
 
     def mix(self, x: Tensor, state: State, layout: Layout | None) -> tuple[Tensor, State]:
-        ragged = layout is not None and (layout.lengths is not None or layout.resets is not None)
-        if not ragged and (state is None or "count" not in state):
+        if not _ragged(layout) and (state is None or "count" not in state):
             parts, past = (None, 0) if state is None else _taken(state)
             y, after = self.mix_document(x, parts, past, layout)
-            if after is None:
-                return y, None
-            return y, {**after, "seen": x.new_empty(x.shape[0], past + x.shape[1], 0)}
+            return y, None if after is None else self._seen(after, x, past)
         return self._apart(x, state, layout)
 
     def _apart(self, x: Tensor, state: State, layout: Layout | None) -> tuple[Tensor, State]:
@@ -145,6 +156,10 @@ class DocumentMixer(Mixer):
             joined[key] = torch.cat(sized).index_select(0, torch.tensor(index, device=x.device))
         joined["count"] = torch.tensor(counts, device=x.device)
         return joined
+
+
+def _ragged(layout: Layout | None) -> bool:
+    return layout is not None and (layout.lengths is not None or layout.resets is not None)
 
 
 def _taken(state: Any) -> tuple[Parts, int]:

@@ -115,11 +115,9 @@ class Memorizing(DocumentAttention):
         self, x: Tensor, state: Parts | None, past: int, layout: Layout | None
     ) -> tuple[Tensor, Parts | None]:
         end, begin = past + x.shape[1], self.oldest(past)
-        q, k, v = (
-            p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q = F.normalize(q, dim=-1) * self.scale[:, None, None].to(q.dtype)
-        k, v = so_far(state, {"k": F.normalize(k, dim=-1), "v": v})
+        k, v, after = self.remembered(x, state, end)
         gate = torch.sigmoid(self.gate)[:, None, None].to(q.dtype)
         # Of the local part: the first key that each query sees, of those from the first segment's on.
         starts = torch.arange(past, end, device=x.device) // self.segment * self.segment
@@ -146,6 +144,14 @@ class Memorizing(DocumentAttention):
             else:
                 remembered.append(found_keys_attention(asked, keys, values, self.topk, search=self.search))
         y = torch.lerp(local, torch.cat(remembered, 2).to(local.dtype), gate.to(local.dtype))
-        n = self.slots(end)["k"]
-        after = {"k": k[:, :, k.shape[2] - n :].clone(), "v": v[:, :, v.shape[2] - n :].clone()}
         return self.leave(y), after
+
+    def remembered(self, x: Tensor, state: Parts | None, end: int) -> tuple[Tensor, Tensor, Parts]:
+        """Keys and values ``(N, G, S, head_dim)`` of the past and of tokens that end at ``end``, and what of them is kept."""
+        k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.k_proj, self.v_proj))
+        k, v = so_far(state, {"k": F.normalize(k, dim=-1), "v": v})
+        n = self.slots(end)["k"]
+        return k, v, {"k": k[:, :, k.shape[2] - n :].clone(), "v": v[:, :, v.shape[2] - n :].clone()}
+
+    def absorb_document(self, x: Tensor, state: Parts | None, past: int, layout: Layout | None) -> Parts | None:
+        return self.remembered(x, state, past + x.shape[1])[2]

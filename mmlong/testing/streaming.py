@@ -50,6 +50,14 @@ class _Whole:
         self.all, _ = s.run(module, tokens, what="whole")
         s.agree(self.all[:, :length], self.y, f"a longer sequence against the shorter {self.case}")
         self.continues(self.state, "the whole")
+        if hasattr(module, "absorb"):
+            half = length // 2
+            _, before = s.run(module, self.x[:, :half])
+            with s.running("absorb"):
+                after = module.absorb(self.x[:, half:], module.absorb(self.x[:, :half]))
+            _, expected = s.run(module, self.x[:, half:], before)
+            if not same_state(after, expected):
+                s.fail(f"absorb leaves another state than a call {self.case}")
 
     def continues(self, state: State, after: str) -> None:
         y, _ = self.s.run(self.module, self.more, state, what=f"continuing after {after}")
@@ -65,6 +73,12 @@ class _Whole:
             if found != expected:
                 self.s.fail(f"a constant state has the form {found} {how}, {expected} after the whole {self.case}")
         self.continues(state, f"running {how}")
+
+
+def same_state(a: State, b: State) -> bool:
+    """Whether two states are the same to the bit."""
+    found, expected = state_tensors(a), state_tensors(b)
+    return _form(a) == _form(b) and all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
 def _form(state: State) -> object:
