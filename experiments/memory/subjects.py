@@ -11,16 +11,16 @@ from mmlong.diagnose import Setting
 from mmlong.diagnose.cell import ProbeModel, probe_model
 
 WINDOW = 64
-"""Tokens of a window or segment; with two blocks the bare one reaches twice as far."""
+"""Tokens of a window or segment; with two blocks the bare one reaches twice as far, which is as much as a segment of recurrent memory holds."""
 
 LOCAL: dict[str, Any] = {"name": "local", "window": WINDOW, "heads": 2}
 
 SUBJECTS: dict[str, Any] = {
     "local": LOCAL,
-    "transformer_xl": {"name": "transformer_xl", "segment": WINDOW, "memory": WINDOW, "heads": 2},
+    "transformer_xl": {"name": "transformer_xl", "segment": WINDOW, "memory": 4 * WINDOW, "heads": 2},
     "compressive": {"name": "compressive", "segment": WINDOW, "memory": WINDOW, "compressed": WINDOW, "rate": 4, "heads": 2},
     "block_recurrent": {"name": "block_recurrent", "window": WINDOW, "states": 16, "heads": 2},
-    "recurrent_memory": {"parts": [{"recurrent_memory": 8, "segment": WINDOW, "parts": [LOCAL, LOCAL]}]},
+    "recurrent_memory": {"parts": [{"recurrent_memory": 16, "segment": 2 * WINDOW, "parts": [{"name": "attention", "heads": 2, "repeat": 2}]}]},
     "ttm": {"parts": [LOCAL, {"ttm": 16, "size": WINDOW, "read": 16, "parts": [{"name": "attention", "heads": 2}]}]},
     "expire_span": {"name": "expire_span", "max_span": 1024, "near": WINDOW, "heads": 2},
     "infini_attention": {"name": "infini_attention", "segment": WINDOW, "heads": 2},
