@@ -75,7 +75,13 @@ SUBJECTS: dict[str, Subject] = {
                     {"within": 4, "parts": [{"name": "attention", "heads": 4, "repeat": 2}]},
                 ],
             },
-            "hnet": {"model.backbone.form": {"name": "hnet", "layers": 4, "ratio": 4, "d_state": 32}},
+            "hnet": {
+                "model.backbone.parts": [
+                    {"name": "mamba2", "expand": 1},
+                    {"dynamic": 4, "dim": 192, "parts": [{**_WIDE, "repeat": 4}]},
+                    {"name": "mamba2", "expand": 1},
+                ],
+            },
         },
         {"model.samples": 0},
     ),
