@@ -111,6 +111,25 @@ def fit_all(train: Sequence[np.ndarray], val: np.ndarray, test: np.ndarray, orde
     return fits
 
 
+def all_fits(source: str, orders: int = 16) -> tuple[list[Fit], int]:
+    """Every order of a known source in both ways, on one strand and on both; and how many bases the test stretch has."""
+    table = letter_codes().numpy()
+    parts = {
+        split: [
+            table[np.frombuffer(record.load(), np.uint8)] for record in sorted(part, key=lambda record: record.name)
+        ]
+        for split, part in read_splits(source).items()
+    }
+    val, test = (np.concatenate(parts[split]) for split in ("val", "test"))
+    fits = [fit for both in (False, True) for fit in fit_all(parts["train"], val, test, orders, both)]
+    return fits, len(test)
+
+
+def best_fit(source: str, orders: int = 16) -> Fit:
+    """The one that is best on validation."""
+    return min(all_fits(source, orders)[0], key=lambda fit: fit.val)
+
+
 def main() -> None:
     """Print every order and the floor."""
     parser = argparse.ArgumentParser(
@@ -119,15 +138,7 @@ def main() -> None:
     parser.add_argument("--source", default="chromosome", help="a known source of DNA (default chromosome)")
     parser.add_argument("--orders", type=int, default=16, help="highest order (default 16)")
     args = parser.parse_args()
-    table = letter_codes().numpy()
-    parts = {
-        split: [
-            table[np.frombuffer(record.load(), np.uint8)] for record in sorted(part, key=lambda record: record.name)
-        ]
-        for split, part in read_splits(args.source).items()
-    }
-    val, test = (np.concatenate(parts[split]) for split in ("val", "test"))
-    fits = [fit for both in (False, True) for fit in fit_all(parts["train"], val, test, args.orders, both)]
+    fits, bases = all_fits(args.source, args.orders)
     print("order  kind      strands         a  on top of     val    test   (bits a base)")
     for fit in fits:
         below = "-" if fit.below < 0 else str(fit.below)
@@ -138,7 +149,7 @@ def main() -> None:
     best = min(fits, key=lambda fit: fit.val)
     print(
         f"{args.source}: floor {best.test:.4f} bits a base on test (val {best.val:.4f}; order {best.order}, {best.kind}, "
-        f"{'both strands' if best.both else 'one strand'}; {len(test):,} bases)"
+        f"{'both strands' if best.both else 'one strand'}; {bases:,} bases)"
     )
 
 

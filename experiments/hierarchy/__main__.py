@@ -14,7 +14,6 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,9 @@ from mmlong.experiments.hierarchy.subjects import SUBJECTS, Subject
 from mmlong.cli.build import build, parse
 from mmlong.cli.recipes import load_recipes
 from mmlong.estimate.step import TrainingStep, synthetic_batch
+from mmlong.measure import budget
 from mmlong.models import AutoregressiveModel, Model, load_model
 
-STEPS = 3
-"""Training steps that are timed, behind one that sets up."""
 PAST, DRAWN = 1024, 128
 """Random tokens that are read, and tokens that are then drawn one by one, to time generation."""
 
@@ -52,20 +50,14 @@ def step_seconds(recipe: str, options: dict[str, Any]) -> tuple[float, int]:
     if not model.modality.initialised:
         model.modality.initialise(batch["raw"])
     step = TrainingStep(task, {**config["trainer"], "precision": None, "accumulate_grad_batches": 1})
-    for number in range(STEPS + 1):
-        if number == 1:
-            begun = time.process_time()
-        step.forward(batch).backward()
-        step.update()
-        step.optimizer.zero_grad(set_to_none=True)
-    return (time.process_time() - begun) / STEPS, model.num_parameters()
+    return budget.step_seconds(step, [batch] * (budget.LEAST + 1)), model.num_parameters()
 
 
 def train(subject: Subject, form: str, minutes: float, seed: int, run: Path) -> dict[str, Any]:
     """Measure a step, train as many as the minutes hold, test; what came of it. A run that is finished is not trained again."""
     options = {**subject.shared, **subject.forms[form]}
     seconds, parameters = step_seconds(subject.recipe, options)
-    steps = max(1, int(60 * minutes / seconds))
+    steps = budget.steps_within(minutes, seconds)
     options |= {"trainer.max_steps": steps, "trainer.val_check_interval": steps, "seed_everything": seed}
     command = ["fit", "-c", subject.recipe, *given(options)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -3,7 +3,7 @@
 The architecture is built anew from its configuration, of the backbone's width, without embedding and pooler, and is given the tokens' vectors (``inputs_embeds``). Its own positions and final norm are as its authors have them; a grid is a line
 to it.
 
-What of the contract it honours. Padding and documents: each document of each row is run by itself, those of one length together, so that nothing can cross, whatever the architecture; looking at lengths and resets waits for a GPU. State: none. The caches
+What of the contract it honours. Padding and documents: each document of each row is run by itself (:mod:`mmlong.backbone.documents`). State: none. The caches
 of transformers are no plain tensors and differ from one architecture to the next, so this part does not stream, not even one that sees the past only: generation, prefill in pieces and segmented training refuse a backbone with it, and a
 backbone with it says that it is not causal. For those, use the mixer of that name here.
 
@@ -13,13 +13,11 @@ The package is an extra, ``mmlong[transformers]``, imported when such a part is 
 from __future__ import annotations
 
 import inspect
-import itertools
-from collections import defaultdict
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from mmlong.backbone.documents import each_document
 from mmlong.backbone.part import register_part
 from mmlong.layout import Layout
 from mmlong.mixers import State
@@ -90,28 +88,7 @@ class TransformersStack(nn.Module):
         """
         if state is not None:
             raise ValueError(f"transformers: {self.architecture} was given a state but has none: it does not stream")
-        if layout is None or (layout.lengths is None and layout.resets is None):
-            return self._run(x), None
-        # Rows, firsts and ends of documents, by how long they are.
-        found: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        batch, total = x.shape[:2]
-        lengths = [total] * batch if layout.lengths is None else layout.lengths.tolist()
-        for row, length in enumerate(lengths):
-            marks = [] if layout.resets is None else layout.resets[row, :length].nonzero()[:, 0].tolist()
-            cuts = sorted({0, *marks, length})
-            for first, end in itertools.pairwise(cuts):
-                found[end - first].append((row, first))
-        rows: list[Tensor] = []
-        places: list[Tensor] = []
-        for length, documents in found.items():
-            where = torch.tensor(documents, device=x.device)
-            index = where[:, :1] * total + where[:, 1:] + torch.arange(length, device=x.device)
-            rows.append(self._run(x.flatten(0, 1)[index]).flatten(0, 1))
-            places.append(index.flatten())
-        if not rows:
-            return x, None
-        y = x.flatten(0, 1).index_copy(0, torch.cat(places), torch.cat(rows).to(x.dtype))
-        return y.view_as(x), None
+        return each_document(self._run, x, layout), None
 
     def _run(self, x: Tensor) -> Tensor:
         if self.most is not None and x.shape[1] > self.most:

@@ -18,6 +18,7 @@ train and use (recipes by name or file; several -c are merged, the later wins; a
              mmlong fit -c image/cells256 --ckpt_path last        go on with the newest run
   test       mmlong test -c image/cells256 --ckpt_path last       (also validate)
   predict    mmlong predict -c image/cells256 --ckpt_path last    writes predictions.csv
+  sweep      mmlong sweep -c image/mnist784 --grid model.optim.lr=1e-3,3e-3 --minutes 10   every combination, resumable; the best
   generate   mmlong generate text/stdlib_ar --prompt 'import ' --stream   (also images, sounds, DNA)
   score      mmlong score text/stdlib_ar FILE                     bits a byte of a file of any length
   knn        mmlong knn build text/stdlib_ar --out STORE          what followed the nearest contexts (kNN-LM); also evaluate, neighbours
@@ -66,6 +67,7 @@ COMMANDS: dict[str, str] = {
     "estimate": "estimate:run_estimate",
     "mixers": "tables:run_mixers",
     "diagnose": "diagnose:run_diagnose",
+    "sweep": "sweep:run_sweep",
     "doctor": "tables:run_doctor",
     "new-modality": "new_modality:run_new_modality",
 }
