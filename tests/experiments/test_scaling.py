@@ -31,7 +31,7 @@ laws = st.builds(PowerLaw, st.floats(0.0, 3.0), st.floats(0.3, 5.0), st.floats(0
 
 
 @given(laws, st.floats(-6, 18), st.floats(1.5, 8.0))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_a_law_is_recovered_from_five_points_and_foretells_a_sixth(law: PowerLaw, start: float, step: float) -> None:
     # Whatever the unit of x, the law is said of x / unit.
     unit = 10.0**start
@@ -46,7 +46,7 @@ def test_a_law_is_recovered_from_five_points_and_foretells_a_sixth(law: PowerLaw
 
 
 @given(st.floats(0.3, 5.0), st.floats(0.05, 1.5))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_a_known_floor_needs_two_points(scale: float, exponent: float) -> None:
     law = PowerLaw(0.5, scale, exponent)
     found = fit_power_law([2.0, 9.0], [law(2.0), law(9.0)], floor=0.5)
@@ -54,7 +54,7 @@ def test_a_known_floor_needs_two_points(scale: float, exponent: float) -> None:
 
 
 @given(st.lists(st.floats(0.98, 1.02), min_size=5, max_size=5))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_noise_moves_it_little_and_nothing_nearby_is_better(noise: list[float]) -> None:
     law = PowerLaw(1.0, 2.0, 0.5)
     xs = [1.0, 4.0, 16.0, 64.0, 256.0]
