@@ -10,6 +10,7 @@ import argparse
 import math
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from mmlong.cli.errors import CommandError
@@ -234,7 +235,7 @@ def draw(found: list[Summary], axes: list[Axis], titles: dict[str, str], by: str
     if axis is None:
         for place, one in enumerate(reversed(told)):
             plot.plot(one.values, [place] * len(one.values), "o", color="C0", alpha=0.6)
-            plot.plot([one.mean], [place], "|", color="k", markersize=14)
+            plot.plot([fmean(one.values)], [place], "|", color="k", markersize=14)
         plot.set_yticks(range(len(told)), [_named(one.setting, titles) for one in reversed(told)])
         plot.set_xlabel(by)
     else:
@@ -244,7 +245,9 @@ def draw(found: list[Summary], axes: list[Axis], titles: dict[str, str], by: str
         for number, (name, group) in enumerate(sorted(groups.items())):
             points = sorted((float(one.setting[axis.key]), one) for one in group)
             color = f"C{number % 10}"
-            plot.plot([x for x, _ in points], [one.mean for _, one in points], "-", color=color, label=name or None)
+            plot.plot(
+                [x for x, _ in points], [fmean(one.values) for _, one in points], "-", color=color, label=name or None
+            )
             for x, one in points:
                 plot.plot([x] * len(one.values), one.values, "o", color=color, alpha=0.6)
         places = sorted(float(v) for v in axis.values)

@@ -167,7 +167,9 @@ def fit_words(trial: Trial, steps: int | None) -> list[str]:
     more: dict[str, Any] = {"seed_everything": trial.seed}
     if steps is not None:
         more |= {"trainer.max_steps": steps}
-        more |= {} if "trainer.val_check_interval" in trial.options else {"trainer.val_check_interval": steps}
+        if "trainer.val_check_interval" not in trial.options:
+            # Counted over all batches, however many an epoch has.
+            more |= {"trainer.val_check_interval": steps, "trainer.check_val_every_n_epoch": None}
     return ["fit", *trial.words, *(f"--{key}={written(value)}" for key, value in more.items())]
 
 

@@ -119,7 +119,8 @@ class TrialTable:
         key = trial.key(trial.seed, steps, minutes)
         if self.done(key, retry):
             return self.rows[key]
-        run, common = folder / key, {"key": key, "setting": dict(setting), "seed": trial.seed}
+        run = folder / key
+        common: dict[str, Any] = {"key": key, "setting": dict(setting), "seed": trial.seed}
         try:
             if minutes is not None:
                 say(f"measuring a step; {folder / trial.key('cost')}.log")

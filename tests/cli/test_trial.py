@@ -101,7 +101,11 @@ def test_words_and_keys(tmp_path: Path) -> None:
     one = Trial((str(recipe),), {"model.x": [1, "b"], "data.y": "z", "model.n": None}, 4)
     assert one.words == ["-c", str(recipe), '--model.x=[1, "b"]', "--data.y=z", "--model.n=null"]
     assert fit_words(one, None) == ["fit", *one.words, "--seed_everything=4"]
-    assert fit_words(one, 7)[-2:] == ["--trainer.max_steps=7", "--trainer.val_check_interval=7"]
+    assert fit_words(one, 7)[-3:] == [
+        "--trainer.max_steps=7",
+        "--trainer.val_check_interval=7",
+        "--trainer.check_val_every_n_epoch=null",
+    ]
     own = Trial((str(recipe),), {"trainer.val_check_interval": 3})
     assert fit_words(own, 7)[-1] == "--trainer.max_steps=7"
     key = one.key(1)
