@@ -18,6 +18,7 @@ from mmlong.heads import Sampling
 from mmlong.layout import Layout
 from mmlong.mixers import State
 from mmlong.models import AutoregressiveModel, JointModel, Speaking
+from mmlong.models.lora import merged
 
 PIECE = 4096
 """Tokens of a prompt or file that are run at a time."""
@@ -81,7 +82,8 @@ def generate(
         ValueError: nothing to generate, an empty prompt, or more tokens than the modality has places for.
     """
     _check(model, length, prompt)
-    with evaluating(model):
+    # A token costs what it does without adapters; a stream, whose caller runs between tokens, makes them at each.
+    with merged(model if isinstance(model, torch.nn.Module) else model.model), evaluating(model):
         state = _begun(model, prompt, batch, piece, state)
         tokens, _ = _drawn(model, length, state, sampling or Sampling(), generator, on_token)
         return torch.cat([*([] if prompt is None else [prompt]), *tokens], 1)

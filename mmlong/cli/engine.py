@@ -30,6 +30,7 @@ from mmlong.measure.machine import describe as describe_machine
 from mmlong.models import save_model
 from mmlong.runs import CHECKPOINTS, CONFIG
 from mmlong.tasks import ArchitectureMismatchError, Task
+from mmlong.training.adapters import ADAPTER, save_adapter
 from mmlong.training.checkpoints import AtomicCheckpointIO, CheckpointWriteError, newest_whole, read_checkpoint, step_of
 from mmlong.training.finite import NonFiniteError, StopOnNaN
 from mmlong.training.meter import Meter, peak_memory
@@ -263,6 +264,8 @@ class Engine:
         if trainer.is_global_zero:
             save_model(task.model, self.run_dir)
             save_backbone(task.model.backbone, self.run_dir / BACKBONE)
+            if task.optim.lora is not None:
+                save_adapter(task.model, self.run_dir / ADAPTER, task.backbone_from)
             self._draw()
             self._summarise(trainer, task, which, tested)
         return 0
@@ -390,7 +393,7 @@ class Engine:
             name for name in ("loss.png", "confusion.png", "predictions.png") if (self.run_dir / name).is_file()
         ]
         pictures += sorted(path.name for path in self.run_dir.glob("samples*"))
-        pictures += [f"{name}/" for name in ("examples",) if (self.run_dir / name).is_dir()]
+        pictures += [f"{name}/" for name in ("examples", ADAPTER) if (self.run_dir / name).is_dir()]
         lines.append(f"in {self.run_dir}: {', '.join(['summary.json', 'metrics.csv', 'model.safetensors', *pictures])}")
         self._say("\n".join(lines))
 

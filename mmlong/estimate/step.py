@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from mmlong.registry import nearest
 from mmlong.tasks import ClassifyTask, ContrastTask, MultiLabelTask, RegressTask, TagTask, Task
+from mmlong.training.average import averaging
 from mmlong.training.optim import build_optimizer
 
 Batch = dict[str, Tensor]
@@ -115,10 +116,9 @@ class TrainingStep:
         self.by_value = trainer.get("gradient_clip_algorithm") == "value"
         self.accumulate = int(trainer.get("accumulate_grad_batches") or 1)
         self.context = precision_context(trainer.get("precision"), task, "cpu")
-        if task.freeze_backbone is True:
-            self.model.backbone.requires_grad_(False)
+        task.hold()
         decay = task.optim.ema
-        self.averaged = AveragedModel(self.model, avg_fn=get_ema_avg_fn(decay), use_buffers=False) if decay else None
+        self.averaged = AveragedModel(self.model, avg_fn=averaging(decay), use_buffers=False) if decay else None
         self.optimizer, _ = build_optimizer(self.model, task.optim, int(trainer.get("max_steps") or 1))
 
     @property

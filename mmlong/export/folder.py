@@ -52,7 +52,7 @@ from mmlong.export.formats import (
 )
 from mmlong.export.programs import Bounds, Program, Size, axes, generator_programs, predict_program
 from mmlong.heads import Sampling
-from mmlong.models import AutoregressiveModel, Model
+from mmlong.models import AutoregressiveModel, Model, merge_lora
 
 INFO = "export.json"
 BEGIN = "begin.safetensors"
@@ -112,6 +112,7 @@ def export_model(
     if length.least < 2:
         raise ValueError(f"a program takes sequences of at least 2; length is {length.least} to {length.most}")
     model = copy.deepcopy(model).eval().requires_grad_(False)
+    merge_lora(model)
     begin: dict[str, Tensor] = {}
     if isinstance(model, AutoregressiveModel):
         if embedding:

@@ -13,6 +13,7 @@ from mmlong.layout import Layout
 from mmlong.mixers.blocks import in_blocks
 from mmlong.mixers.contract import Mixer
 from mmlong.mixers.state import State
+from mmlong.mixers.weights import named_weights
 
 Tensors = dict[str, Tensor]
 
@@ -54,7 +55,7 @@ class CellMixer(Mixer):
 
     def mix(self, x: Tensor, state: State, layout: Layout | None) -> tuple[Tensor, State]:
         before = self.initial_state(x) if state is None else state
-        weights = {name: p for name, p in self.named_parameters() if name != "out_proj.weight"}
+        weights = {name: w for name, w in named_weights(self).items() if name != "out_proj.weight"}
         piece = partial(self._piece, tuple(before), tuple(weights))
         y, after = in_blocks(
             piece, x, tuple(before.values()), tuple(weights.values()), layout, self.width, self.out_proj.weight

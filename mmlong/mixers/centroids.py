@@ -11,9 +11,13 @@ reversible blocks) and the pieces of an accumulated gradient all select by the s
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mmlong.mixers.weights import written
 
 BLOCK_ELEMENTS = 1 << 23
 """Products of tokens and centroids at a time."""
@@ -34,6 +38,8 @@ class Centroids(nn.Module):
         sums, counts: ``(H, count, d)`` and ``(H, count)``, of vectors seen since the weights changed.
     """
 
+    keeps_statistics: ClassVar[bool] = True
+    """What it has seen stays as it is where the weights around it are frozen (:mod:`mmlong.training.freeze`)."""
     means: Tensor
     sums: Tensor
     counts: Tensor
@@ -76,11 +82,12 @@ class Centroids(nn.Module):
 
     @torch.compiler.disable
     @torch.no_grad()
-    def follow(self, weight: Tensor) -> None:
-        """Move by what was noted, if ``weight``, a parameter that every step changes, has changed since."""
-        if weight._version == self._seen:
+    def follow(self, mixer: nn.Module) -> None:
+        """Move by what was noted, if parameters of the mixer, some of which every step of training changes, have changed since."""
+        now = written(mixer)
+        if now == self._seen:
             return
-        self._seen = weight._version
+        self._seen = now
         there = self.counts[..., None] > 0
         mean = self.sums / self.counts.clamp_min(1)[..., None]
         moved = F.normalize(self.decay * self.means + (1 - self.decay) * mean, dim=-1)

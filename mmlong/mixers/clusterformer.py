@@ -103,9 +103,9 @@ class ClusterFormer(DocumentMixer):
     def cluster(self, x: Tensor) -> Tensor:
         """The nearest centroid of every token: int64 ``(B, L)``."""
         x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)[:, None]
-        if self.training:
-            self.centroids.follow(self.q_proj.weight)
+        if self.centroids.training:
+            self.centroids.follow(self)
         nearest = self.centroids.nearest(x)
-        if self.training:
+        if self.centroids.training:
             self.centroids.note(x, nearest)
         return nearest[:, 0]

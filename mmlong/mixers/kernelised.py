@@ -28,6 +28,7 @@ from mmlong.layout import Layout
 from mmlong.mixers.cell import CellMixer, Tensors, heads_of, linear
 from mmlong.mixers.contract import register_mixer
 from mmlong.mixers.state import State
+from mmlong.mixers.weights import named_weights
 from mmlong.ops.elu_features import elu_features
 from mmlong.ops.kernel_attention import EPS, kernel_attention, kernel_attention_two_sided, read, written
 from mmlong.ops.log_scale import NOTHING, log_scale
@@ -92,7 +93,7 @@ class _Kernelised(CellMixer):
     def mix(self, x: Tensor, state: State, layout: Layout | None) -> tuple[Tensor, State]:
         if self.causal:
             return super().mix(x, state, layout)
-        w: Tensors = dict(self.named_parameters())
+        w: Tensors = named_weights(self)
         if layout is not None and layout.resets is not None:
             k, size = self.keys(x, w)
             if size is not None:

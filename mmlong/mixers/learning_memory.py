@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mmlong.layout import Layout, document_index
 from mmlong.mixers.cell import CellMixer, Tensors
 from mmlong.mixers.state import State
+from mmlong.mixers.weights import named_weights
 from mmlong.ops.blockwise import blockwise
 from mmlong.ops.kv_cache import counts_after
 from mmlong.ops.test_time import Layers
@@ -76,7 +77,7 @@ class LearningMemory(CellMixer):
             passed = state["passed"]
             before = {name: t for name, t in state.items() if name != "passed"}
         index = document_index(passed, L, layout)
-        weights = {name: p for name, p in self.named_parameters() if name != "out_proj.weight"}
+        weights = {name: w for name, w in named_weights(self).items() if name != "out_proj.weight"}
         piece = partial(self._piece, tuple(before), tuple(weights))
         inner = Layout(
             lengths=None if layout is None else layout.lengths,

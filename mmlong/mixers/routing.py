@@ -121,8 +121,8 @@ class Routing(DocumentMixer):
     def mix_document(
         self, x: Tensor, state: Parts | None, past: int, layout: Layout | None
     ) -> tuple[Tensor, Parts | None]:
-        if self.training:
-            self.centroids.follow(self.q_proj.weight)
+        if self.centroids.training:
+            self.centroids.follow(self)
         after: Parts = {}
         routed = self.route_causal(x, state, past, after) if self.causal else self.route(x)
         parts = [routed.to(x.dtype)]
@@ -165,13 +165,13 @@ class Routing(DocumentMixer):
         k = q if state is None else torch.cat([state["k"], q], 2)
         v = v if state is None else torch.cat([state["v"], v], 2)
         nearest = self.centroids.nearest(q)
-        if self.training:
+        if self.centroids.training:
             self.centroids.note(q, nearest)
         if state is None:
             cluster = nearest
         else:
             # In training the centroids may have moved since.
-            old = self.centroids.nearest(state["k"]) if self.training else state["cluster"][..., 0].long()
+            old = self.centroids.nearest(state["k"]) if self.centroids.training else state["cluster"][..., 0].long()
             cluster = torch.cat([old, nearest], 2)
         after.update(k=k, v=v, cluster=cluster[..., None].int())
         return member_attention(
@@ -186,7 +186,7 @@ class Routing(DocumentMixer):
         v = self.split(self.v_proj(x))
         count = self.clusters or min(MOST, max(1, round(math.sqrt(L))))
         members = min(L, self.window or -(-L // count))
-        if self.training:
+        if self.centroids.training:
             for t in (q, k):
                 self.centroids.note(t, self.centroids.nearest(t, count))
         first = (torch.arange(B * H, device=x.device) * L).view(B, H, 1, 1)

@@ -24,6 +24,7 @@ from mmlong.layout import Layout
 from mmlong.mixers.cell import CellMixer, Tensors, linear
 from mmlong.mixers.contract import register_mixer
 from mmlong.mixers.state import State
+from mmlong.mixers.weights import named_weights
 from mmlong.ops.tails import tail_after
 
 DILATIONS = tuple(1 << i for i in range(10))
@@ -96,7 +97,7 @@ class TCN(CellMixer):
     def mix(self, x: Tensor, state: State, layout: Layout | None) -> tuple[Tensor, State]:
         if self.causal:
             return super().mix(x, state, layout)
-        w: Tensors = dict(self.named_parameters())
+        w: Tensors = named_weights(self)
         documents = None if layout is None else layout.documents()
         valid = None if layout is None else layout.valid(x.shape[1])
         if valid is not None:

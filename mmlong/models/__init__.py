@@ -6,6 +6,7 @@ from mmlong.models.autoregressive import AutoregressiveModel
 from mmlong.models.card import model_card
 from mmlong.models.hub import load, push_to_hub, save_pretrained
 from mmlong.models.joint import JointModel, Speaking
+from mmlong.models.lora import LoraConfig, add_lora, merge_lora, remove_lora
 from mmlong.models.masked import MaskedModel
 from mmlong.models.model import KINDS, Config, Model, build_model, register_kind
 from mmlong.models.named import MODELS, create_model, list_models, register_model
@@ -19,21 +20,25 @@ __all__ = [
     "AutoregressiveModel",
     "Config",
     "JointModel",
+    "LoraConfig",
     "MaskedModel",
     "Model",
     "Spans",
     "Speaking",
     "TowersModel",
+    "add_lora",
     "build_model",
     "create_model",
     "lay_spans",
     "list_models",
     "load",
     "load_model",
+    "merge_lora",
     "model_card",
     "push_to_hub",
     "register_kind",
     "register_model",
+    "remove_lora",
     "save_model",
     "save_pretrained",
 ]

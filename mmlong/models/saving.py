@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mmlong.models.lora import plain_state
 from mmlong.models.model import Model, build_model
 
 CONFIG_FILE = "config.json"
@@ -33,10 +34,10 @@ Shape = tuple[tuple[int, ...], str]
 
 
 def save_model(model: Model, folder: str | Path) -> None:
-    """Write ``config.json`` and ``model.safetensors`` into ``folder`` (made if needed)."""
+    """Write ``config.json`` and ``model.safetensors`` into ``folder`` (made if needed); adapters are merged into the weights."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in plain_state(model).items()}
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / CONFIG_FILE).write_text(json.dumps(model.config, indent=2) + "\n")
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
@@ -17,7 +17,10 @@ from mmlong.backbone import BackboneConfig
 from mmlong.layout import Layout
 from mmlong.mixers.own_loss import mean_own_loss, own_losses
 from mmlong.models import Model, build_model
+from mmlong.models.lora import add_lora
 from mmlong.models.saving import first_lines
+from mmlong.training.average import AveragedWeights
+from mmlong.training.freeze import freeze, hold_statistics
 from mmlong.training.optim import OptimConfig, build_optimizer
 from mmlong.training.transfer import (
     CHECKPOINT_CONFIG,
@@ -30,6 +33,8 @@ from mmlong.training.transfer import (
 
 __all__ = ["ArchitectureMismatchError", "Task"]
 
+TRAINED = "mmlong_trained"
+"""Where a checkpoint keeps what of the model was trained, as JSON: ``freeze`` and ``lora`` of the optimiser's settings."""
 SHOWN = 64
 """Samples that a modality is shown before training, where it needs any."""
 
@@ -72,12 +77,18 @@ class Task(pl.LightningModule):
         info = data_info or {}
         self.backbone_from = backbone_from
         self.freeze_backbone = freeze_backbone
-        self._restored = False
+        self._restored = self._fitting = False
         self.optim = optim or OptimConfig()
         self.compile_blocks = compile
         kind = {} if self.kind == "plain" else {"kind": self.kind}
         parts = self.both_sides(modality, head, info)
         self.model: Model = build_model({**kind, **parts, "backbone": dict(vars(backbone)), **(model_parts or {})})
+        if self.optim.lora is not None:
+            if freeze_backbone is True:
+                raise ValueError(
+                    "model.freeze_backbone would freeze the adapters of model.optim.lora too, which hold the backbone as it is already: leave one of them out"
+                )
+            add_lora(self.model, self.optim.lora)
         self.class_names = list(info.get("class_names", []))
 
     def both_sides(self, modality: dict[str, Any], head: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
@@ -112,16 +123,34 @@ class Task(pl.LightningModule):
             added.append(own)
 
     def setup(self, stage: str) -> None:
-        """Before training: freeze the backbone and compile its blocks, each when asked to."""
-        if stage != "fit":
+        """Before training: freeze what is to stay as it is, and compile the backbone's blocks, each when asked to."""
+        self._fitting = stage == "fit"
+        if not self._fitting:
             return
         self._restored = False
+        self.hold()
         if self.freeze_backbone is True:
-            self.model.backbone.requires_grad_(False)
             rank_zero_only(print)("the backbone is frozen", flush=True)
+        if self.optim.freeze or self.optim.lora is not None:
+            total, trained = sum(p.numel() for p in self.model.parameters()), self.model.num_parameters()
+            rank_zero_only(print)(f"{trained:,} of {total:,} parameters train, the others are frozen", flush=True)
         if self.compile_blocks:
             for block in self.model.backbone.blocks():
                 block.compile()
+
+    def hold(self) -> None:
+        """Freeze what training is to leave as it is: the backbone, and what ``optim.freeze`` names."""
+        if self.freeze_backbone is True:
+            self.model.backbone.requires_grad_(False)
+        freeze(self.model, self.optim.freeze)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, but for what keeps statistics among frozen weights (:mod:`mmlong.training.freeze`)."""
+        super().train(mode)
+        if mode:
+            hold_statistics(self.model)
+        return self
 
     def on_fit_start(self) -> None:
         """Show the modality training data where it needs some, and take another run's backbone, when asked to.
@@ -161,12 +190,18 @@ class Task(pl.LightningModule):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Averaged weights, when asked for."""
-        # Buffers are copied: an average of indices is not an index (it rounds 3 down to 2), and fixed features need none.
-        return [EMAWeightAveraging(decay=self.optim.ema, use_buffers=False)] if self.optim.ema else []
+        return [AveragedWeights(self.optim.ema)] if self.optim.ema else []
+
+    def _trained(self) -> dict[str, Any]:
+        """What of the model is trained, as plain values; a dropout may change from run to run."""
+        lora = {} if self.optim.lora is None else dataclasses.asdict(self.optim.lora)
+        lora.pop("dropout", None)
+        return {"freeze": list(self.optim.freeze), "lora": lora}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The architecture travels with the weights, as plain JSON."""
         checkpoint[CHECKPOINT_CONFIG] = json.dumps(self.model.config)
+        checkpoint[TRAINED] = json.dumps(self._trained())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights of another architecture, and say which settings differ.
@@ -182,6 +217,15 @@ class Task(pl.LightningModule):
             raise ArchitectureMismatchError(
                 f"the checkpoint is of another architecture:\n  {first_lines(differ)}\n"
                 "use the configuration it was trained with (config.yaml in its run folder), or train anew"
+            )
+        trained = json.loads(checkpoint.get(TRAINED, "{}"))
+        trained = {"freeze": [], "lora": {}, **trained}
+        # To evaluate, only adapters must agree.
+        free = () if self._fitting else ("freeze",)
+        if differ := differences(trained, self._trained(), free, "the checkpoint"):
+            raise ArchitectureMismatchError(
+                f"the checkpoint is of a run that trained other parts of the model (model.optim):\n  {first_lines(differ)}\n"
+                "go on with the settings it has (config.yaml in its run folder), or begin anew with its backbone: --model.backbone_from RUN"
             )
 
     def counted(self, batch: dict[str, Tensor]) -> Tensor:

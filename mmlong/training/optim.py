@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from mmlong.models.lora import LoraConfig, is_adapter, plain_name
 from mmlong.registry import nearest
 
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
@@ -41,6 +42,8 @@ class OptimConfig:
         min_lr: final learning rate as a share of the peak.
         layer_decay: factor on the learning rate for each layer away from the head; null for none.
         ema: decay of the averaged weights that evaluation uses; 0 for none.
+        freeze: patterns of the names of parameters that stay as they are; behind a ``!``, of some that train after all (:mod:`mmlong.training.freeze`).
+        lora: train adapters of low rank in place of the backbone (:mod:`mmlong.models.lora`), e.g. ``{rank: 8}``; null for none.
     """
 
     name: str = "adamw"
@@ -53,6 +56,8 @@ class OptimConfig:
     min_lr: float = 0.01
     layer_decay: float | None = None
     ema: float = 0.0
+    freeze: list[str] = field(default_factory=list)
+    lora: LoraConfig | None = None
 
 
 def optim_hints(model: nn.Module) -> dict[str, dict[str, float]]:
@@ -93,12 +98,15 @@ def parameter_groups(model: Any, config: OptimConfig) -> list[dict[str, Any]]:
     """Groups of trained parameters by their learning rate and weight decay, and for Muon by which of its two rules they follow.
 
     Raises:
-        ValueError: a hint names a parameter that is not there, or an option it does not know.
+        ValueError: a hint names a parameter that is not there, or an option it does not know; or no parameter trains.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        raise ValueError("no parameter of the model trains: all are frozen")
     hints = optim_hints(model)
+    known = {plain_name(name) for name, _ in model.named_parameters()}
     for name, hint in hints.items():
-        if name not in dict(model.named_parameters()):
+        if name not in known:
             raise ValueError(f"optim_hints name {name!r}, which is no parameter of the model")
         if unknown := set(hint) - {"lr_scale", "weight_decay"}:
             raise ValueError(f"optim_hints of {name!r} have unknown options {sorted(unknown)}")
@@ -112,7 +120,8 @@ def parameter_groups(model: Any, config: OptimConfig) -> list[dict[str, Any]]:
     first_rule = maps_of_features(model) - hints.keys() if hybrid(config.name) else set(named)
     groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
     for name, p in named.items():
-        hint = hints.get(name, {})
+        # What a module asks for its weight is not for the adapter of that.
+        hint = {} if is_adapter(name) else hints.get(plain_name(name), {})
         decay = hint.get("weight_decay", 0.0 if p.ndim <= 1 else config.weight_decay)
         layers = last - depth.get(name, last)
         scale = hint.get("lr_scale", 1.0) * (config.layer_decay**layers if config.layer_decay is not None else 1.0)

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmlong.backbone import Backbone, BackboneConfig
+from mmlong.models.lora import fold, plain_state
 from mmlong.models.saving import first_lines
 from mmlong.training.checkpoints import newest_whole, read_checkpoint
 
@@ -51,8 +52,8 @@ def differences(there: dict[str, Any], here: dict[str, Any], free: tuple[str, ..
 
 
 def save_backbone(backbone: Backbone, path: str | Path) -> None:
-    """Write a backbone's weights as safetensors, its configuration in the metadata."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in backbone.state_dict().items()}
+    """Write a backbone's weights as safetensors, its configuration in the metadata; adapters are merged into the weights."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in plain_state(backbone).items()}
     save_file(tensors, path, metadata={"format": "pt", "backbone": json.dumps(dataclasses.asdict(backbone.config))})
 
 
@@ -104,7 +105,8 @@ def read_backbone(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] |
         return *_read_safetensors(file), file
     content = read_checkpoint(file)
     config = json.loads(content.get(CHECKPOINT_CONFIG, "{}")).get("backbone")
-    return _of_backbone(content["state_dict"], f"model.{_PREFIX}"), config, file
+    # Of a run that trains adapters they are merged, as they will be when it is over.
+    return fold(_of_backbone(content["state_dict"], f"model.{_PREFIX}")), config, file
 
 
 def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
@@ -130,7 +132,7 @@ def load_backbone(backbone: Backbone, path: str | Path) -> Path:
     """Give a backbone the weights of a trained one.
 
     Args:
-        backbone: takes the weights, in its own precision and on its own device.
+        backbone: takes the weights, in its own precision and on its own device; adapters that it has stay.
         path: see :func:`read_backbone`.
 
     Returns:
@@ -145,7 +147,7 @@ def load_backbone(backbone: Backbone, path: str | Path) -> Path:
     if config is not None:
         differ = differences(_settings(config), _settings(dataclasses.asdict(backbone.config)), FREE, file.name)
     if not differ:
-        own = {key: list(value.shape) for key, value in backbone.state_dict().items()}
+        own = {key: list(value.shape) for key, value in plain_state(backbone, merge=False).items()}
         differ = differences({key: list(value.shape) for key, value in tensors.items()}, own, (), file.name)
     if differ:
         raise ArchitectureMismatchError(
