@@ -100,7 +100,7 @@ class LowRank(nn.Module):
                     "the adapters are merged for a while, and no gradient would reach them: train outside"
                 )
             return self.folded
-        a = self.a
+        a: Tensor = self.a
         if self.training and self.dropout:
             a = a * F.dropout(torch.ones_like(a[..., :1, :]), self.dropout)
         return low_rank_sum(weight, a, self.b, self.scale)
@@ -212,7 +212,7 @@ def add_lora(model: nn.Module, config: LoraConfig) -> list[str]:
     return list(chosen)
 
 
-def _translate(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _translate(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Let a module with adapters load a state dict without: its weights are the originals', the adapters' stay."""
     for _, owner, name, adapter in adapters(module):
         if owner is module and f"{prefix}{name}" in state:
@@ -250,10 +250,15 @@ def remove_lora(model: nn.Module) -> None:
     _take_off(model, False)
 
 
+def _original(module: nn.Module, name: str) -> Tensor:
+    made: Any = module.parametrizations
+    return made[name].original
+
+
 @contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
     """While it is entered adapted weights are made once and kept, so that a token costs what it does without adapters; in evaluation only. Afterwards everything is as before, to the bit."""
-    found = [(module.parametrizations[name].original, one) for _, module, name, one in adapters(model)]
+    found = [(_original(module, name), one) for _, module, name, one in adapters(model)]
     found = [(weight, one) for weight, one in found if one.folded is None]
     try:
         for weight, one in found:
