@@ -21,7 +21,8 @@ def averaging(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
 
 
 def _step(share: float, average: Tensor, weight: Tensor, steps: Tensor | int) -> Tensor:
-    return torch.lerp(average, weight, share)
+    dtype = torch.promote_types(average.dtype, weight.dtype)  # of a run in float64 the average is still in float32
+    return torch.lerp(average.to(dtype), weight.to(dtype), share)
 
 
 class AveragedWeights(WeightAveraging):
