@@ -1,4 +1,4 @@
-"""`PairDataModule`: samples of one dataset, each with a partner of its class: a picture with a sound, or a sound with its word.
+"""`PairDataModule`: samples of one dataset, each with a partner of its class: a picture with a sound, a sound with its word, or a picture with a sentence of what is known of it.
 
 The first dataset leads: an epoch is each of its samples once, in the order of `mmlong.datamodules.order`, and a position in it is resumed to the bit as anywhere. Its partner is a pure function of seed, epoch and sample: in
 training another of the same class each epoch, in evaluation always the same, from the split of the same name.
@@ -6,7 +6,7 @@ training another of the same class each epoch, in evaluation always the same, fr
 A batch is a dict of what each of the two has (`mmlong.datamodules.image_samples`, `mmlong.datamodules.sequence_samples`)::
 
     parts    {name: {raw, lengths}}
-    label    int64   (B,)             the class that both are of, in the leading dataset's numbers
+    label    int64   (B,)             the class that both are of, in the leading dataset's numbers; where the leading dataset has labels
     index    int64   (B,)             sample id of the leading dataset
     weight   float32 (B,)             1, or 0 for a filler of evaluation and where one of the two was skipped
 """
@@ -25,9 +25,9 @@ from .errors import DataError
 from .loader import Batch, Place, Samples
 from .order import random_words
 from .packed import PackedDataset
+from .sentences import END, Sentences, check_template, text_rows
 
 WORDS = "words"
-END = b"\n"
 _PAIRING = 11  # this file's stream of random words
 
 
@@ -43,11 +43,7 @@ class LabelWords:
 
     def of(self, labels: Sequence[int]) -> dict[str, torch.Tensor]:
         """``raw`` uint8 ``(B, T)`` and ``lengths``."""
-        rows = [self.rows[label] for label in labels]
-        raw = np.zeros((len(rows), max(map(len, rows))), np.uint8)
-        for place, row in zip(raw, rows, strict=True):
-            place[: len(row)] = row
-        return {"raw": torch.from_numpy(raw), "lengths": torch.tensor([len(row) for row in rows], dtype=torch.int64)}
+        return text_rows([self.rows[label] for label in labels])
 
 
 class PairSamples:
@@ -56,8 +52,8 @@ class PairSamples:
     Args:
         lead: the leading samples, labelled.
         names: what the two are called.
-        partner: the partner's samples, or the words of the classes.
-        members: by class of the leading dataset, ids of the partner's samples; not for words.
+        partner: the partner's samples, the words of the classes, or sentences about the leading samples.
+        members: by class of the leading dataset, ids of the partner's samples; not for words and sentences.
         seed: of the pairing.
     """
 
@@ -65,7 +61,7 @@ class PairSamples:
         self,
         lead: Samples,
         names: tuple[str, str],
-        partner: Samples | LabelWords,
+        partner: Samples | LabelWords | Sentences,
         members: Sequence[np.ndarray] = (),
         seed: int = 0,
     ) -> None:
@@ -82,8 +78,14 @@ class PairSamples:
     def fetch(self, places: list[Place]) -> tuple[Batch, list[DataError]]:
         """The batch at ``places`` and what was skipped in it."""
         first, problems = self.lead.fetch(places)
-        labels, weight = first["label"], first["weight"]
-        if isinstance(self.partner, LabelWords):
+        labels, weight = first.get("label"), first["weight"]
+        if isinstance(self.partner, Sentences):
+            second, more = self.partner.fetch(first["index"].tolist())
+            problems = [*problems, *more]
+            weight = weight * second["weight"]
+        elif labels is None:
+            raise ValueError("the samples have no labels, and a pair is of one class")
+        elif isinstance(self.partner, LabelWords):
             second = self.partner.of(labels.tolist())
         else:
             theirs = [
@@ -94,7 +96,8 @@ class PairSamples:
             problems = [*problems, *more]
             weight = weight * second["weight"]
         parts = {name: _raw_of(batch) for name, batch in zip(self.names, (first, second), strict=True)}
-        return {"parts": parts, "label": labels, "index": first["index"], "weight": weight}, problems
+        labelled = {} if labels is None else {"label": labels}
+        return {"parts": parts, **labelled, "index": first["index"], "weight": weight}, problems
 
 
 def _raw_of(batch: Batch) -> Batch:
@@ -110,6 +113,7 @@ class PairDataModule(PackedDataModule):
         name, partner_name: what the model calls the two; their modality, unless given.
         options, partner_options: of the datamodule of each: ``length``, ``size``, ``cache``, ``augment``, ...
         words: the word of each class, in the order of the classes; their names, unless given.
+        sentence: in place of words, a template that is filled from what is packed beside each sample; see `mmlong.datamodules.sentences`.
         root: where known datasets are packed.
         source_path: the folder or file of a known source that comes in no package.
         batch_size, num_workers, seed, on_bad, eval_batch_size: see `PackedDataModule`.
@@ -128,6 +132,7 @@ class PairDataModule(PackedDataModule):
         options: dict[str, Any] | None = None,
         partner_options: dict[str, Any] | None = None,
         words: list[str] | None = None,
+        sentence: str | None = None,
         root: str | None = None,
         source_path: str | None = None,
         batch_size: int = 16,
@@ -143,13 +148,19 @@ class PairDataModule(PackedDataModule):
             raise ValueError("partner_options are of a dataset, and the partner is the class in words")
         if self.partner is not None and words is not None:
             raise ValueError(f"words are for partner: {WORDS}, and the partner is {partner}")
-        self.words = words
+        if sentence is not None:
+            if self.partner is not None or words is not None:
+                raise ValueError(f"sentence is for partner: {WORDS}, in place of words")
+            check_template(sentence)
+        self.words, self.sentence = words, sentence
         self.modality = self.lead.modality
         names = (name or self.modality, partner_name or ("text" if self.partner is None else self.partner.modality))
         if names[0] == names[1]:
             raise ValueError(f"both are called {names[0]}: give name and partner_name")
         self.names = names
-        self.settings = f"{partner} {options or {}} {partner_options or {}} {words}"
+        self.settings = f"{partner} {options or {}} {partner_options or {}} {words}" + (
+            f" {sentence}" if sentence else ""
+        )
         super().__init__(
             dataset, self.lead.folder, self.lead.known, self.lead._label, batch_size, num_workers, seed, "indexed", on_bad,
             eval_batch_size,
@@ -187,6 +198,11 @@ class PairDataModule(PackedDataModule):
 
     def samples(self, split: str, train: bool) -> PairSamples:
         """The pairs of a split."""
+        if self.sentence is not None:
+            lead, packed = self.lead.samples(split, train), self.lead.dataset.split(split)
+            if len(lead) != len(packed):
+                raise DataError(self.folder, "is read as a stream, and a sentence is of a whole sample")
+            return PairSamples(lead, self.names, Sentences(self.sentence, packed, self.on_bad))
         classes = self.lead.class_names
         if not classes:
             raise DataError(self.folder, "has no labels (or is read as a stream), and a pair is of one class")

@@ -209,13 +209,13 @@ def generate_spans(
     return made
 
 
-def score(model: AutoregressiveModel, pieces: Iterable[Tensor], state: State = None) -> tuple[float, int]:
+def score(model: AutoregressiveModel | Speaking, pieces: Iterable[Tensor], state: State = None) -> tuple[float, int]:
     """Likelihood of a sequence of any length that comes in pieces, in bounded memory.
 
     Args:
         model: the model; left in the mode it was in.
         pieces: tokens ``(1, l, ...)``, one after another; none may be empty.
-        state: of what came before.
+        state: of what came before; of a joint model, with the span begun (``model.open(state)``).
 
     Returns:
         ``(bits, numbers)``: bits in all, and numbers of raw data; their ratio is bits per number.

@@ -27,6 +27,7 @@ SCORE = """\
 examples:
   mmlong score text/stdlib_ar mymodule.py
   mmlong score RUN chromosome.fa.gz --segment 65536
+  mmlong score joint/digits_words --as word --given sound=seven.wav seven.txt     of a joint model: a word after its sound
 
 RUN is a run folder, a folder of a saved model, or a recipe's name (its newest run).
 """
@@ -47,17 +48,7 @@ def run_generate(argv: list[str]) -> int:
     parser.add_argument(
         "--prompt_length", type=int, help="tokens of the file to begin with (default: all; half of a picture)"
     )
-    parser.add_argument("--as", dest="speaks", metavar="NAME", help="of a joint model: which modality to make")
-    parser.add_argument(
-        "--given",
-        metavar="NAME=FILE",
-        action="append",
-        default=[],
-        help="of a joint model: a span that comes before, from a file; may be repeated",
-    )
-    parser.add_argument(
-        "--given_text", metavar="NAME=TEXT", action="append", default=[], help="the same, of a text or letters of DNA; they come behind those of files"
-    )  # fmt: skip
+    _add_spans(parser, "make")
     parser.add_argument("--resample", action="store_true", help="resample a sound of another rate")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest, always (default 1)")
     parser.add_argument("--top_k", type=int, help="draw among the k likeliest only")
@@ -88,7 +79,7 @@ def _generate(args: argparse.Namespace) -> int:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
     if args.count < 1 or (args.length is not None and args.length < 1):
         raise ValueError("--count and --length are at least 1")
-    model, folder, state = _model(args)
+    model, folder, state = _model(args, "make", args.count)
     modality = model.modality
     whole = modality.tokens_per_sample()
     prompt = _prompt(args, modality, whole)
@@ -125,8 +116,23 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _model(args: argparse.Namespace) -> tuple[Any, Path, Any]:
-    """The model that makes one modality, its folder, and the state after what is given of others (``None``: nothing is)."""
+def _add_spans(parser: argparse.ArgumentParser, verb: str) -> None:
+    """Options of joint models."""
+    parser.add_argument("--as", dest="speaks", metavar="NAME", help=f"of a joint model: which modality to {verb}")
+    parser.add_argument(
+        "--given",
+        metavar="NAME=FILE",
+        action="append",
+        default=[],
+        help="of a joint model: a span that comes before, from a file; may be repeated",
+    )
+    parser.add_argument(
+        "--given_text", metavar="NAME=TEXT", action="append", default=[], help="the same, of a text or letters of DNA; they come behind those of files"
+    )  # fmt: skip
+
+
+def _model(args: argparse.Namespace, verb: str, rows: int) -> tuple[Any, Path, Any]:
+    """The model of one modality (of a joint model, as that modality), its folder, and the state after what is given of others (``None``: nothing is)."""
     import torch
 
     from mmlong.cli.raw_files import read_documents
@@ -140,7 +146,7 @@ def _model(args: argparse.Namespace) -> tuple[Any, Path, Any]:
             raise ValueError(f"--as and --given are for joint models; {folder} holds a model of one modality")
         return *saved_autoregressive(str(folder), Path(args.runs)), None
     if args.speaks is None:
-        raise ValueError(f"{folder} holds a joint model: say what to make, --as {' or '.join(model.names)}")
+        raise ValueError(f"{folder} holds a joint model: say what to {verb}, --as {' or '.join(model.names)}")
     state = None
     for name, what, is_text in given:
         before = model.speaking(name)
@@ -152,9 +158,9 @@ def _model(args: argparse.Namespace) -> tuple[Any, Path, Any]:
         else:
             _, document = next(iter(read_documents(before.modality, Path(what), args.resample)))
             tokens = torch.cat([before.modality.encode(raw)[0] for raw in document], 1)
-        tokens = tokens.expand(args.count, *tokens.shape[1:]).contiguous()
+        tokens = tokens.expand(rows, *tokens.shape[1:]).contiguous()
         with torch.inference_mode():
-            state = read(before, tokens, before.begin(args.count) if state is None else before.open(state))
+            state = read(before, tokens, before.begin(rows) if state is None else before.open(state))
     speaking = model.speaking(args.speaks)
     return speaking, folder, None if state is None else speaking.open(state)
 
@@ -208,6 +214,7 @@ def run_score(argv: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("files", metavar="FILE", nargs="+", type=Path)
+    _add_spans(parser, "score")
     parser.add_argument("--segment", type=int, default=16384, help="tokens run at a time (default 16384)")
     parser.add_argument("--resample", action="store_true", help="resample a sound of another rate")
     parser.add_argument("--runs", default="runs", help="where run folders are (default: runs)")
@@ -226,14 +233,14 @@ def _score(args: argparse.Namespace) -> int:
 
     if args.segment < 1:
         raise ValueError("--segment is at least 1")
-    model, _ = saved_autoregressive(args.run, Path(args.runs))
+    model, _, state = _model(args, "score", 1)
     unit = "number of a pixel" if model.modality.kind == "image" else model.modality.unit
     bits, numbers = 0.0, 0
     several = False
     for path in args.files:
         for name, pieces in read_documents(model.modality, path, args.resample):
             tokens = (model.modality.encode(raw)[0] for raw in pieces)
-            found, count = score(model, _cut(tokens, args.segment))
+            found, count = score(model, _cut(tokens, args.segment), state)
             several = numbers > 0
             bits, numbers = bits + found, numbers + count
             shown = str(path) if name == path.name else f"{path} {name}"

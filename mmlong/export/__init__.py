@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from mmlong.export.folder import export_model
 from mmlong.export.formats import FORMATS, ExportError
-from mmlong.export.load import Generator, Predictor, load
+from mmlong.export.load import Generator, JointGenerator, Predictor, load
 from mmlong.export.programs import Bounds
 
-__all__ = ["FORMATS", "Bounds", "ExportError", "Generator", "Predictor", "export_model", "load"]
+__all__ = ["FORMATS", "Bounds", "ExportError", "Generator", "JointGenerator", "Predictor", "export_model", "load"]

@@ -22,7 +22,8 @@ and a generator of bytes::
         token = torch.distributions.Categorical(logits=prediction[:, -1:]).sample()
         prediction, *state = step(token, *state)
 
-With more rows, repeat what is in ``begin`` along its first axis. :func:`mmlong.export.load` does all this, and checks what it is given.
+With more rows, repeat what is in ``begin`` along its first axis. A joint model has the programs of each of its modalities, on one state: see :mod:`mmlong.export.joint_programs`.
+:func:`mmlong.export.load` does all this, and checks what it is given.
 """
 
 from __future__ import annotations
@@ -50,9 +51,11 @@ from mmlong.export.formats import (
     write_program,
     written_as,
 )
+from mmlong.export.joint_programs import joint_programs
 from mmlong.export.programs import Bounds, Program, Size, axes, generator_programs, predict_program
 from mmlong.heads import Sampling
-from mmlong.models import AutoregressiveModel, Model, merge_lora
+from mmlong.modalities import Modality
+from mmlong.models import AutoregressiveModel, JointModel, Model, SpansModel, TowersModel, merge_lora
 
 INFO = "export.json"
 BEGIN = "begin.safetensors"
@@ -114,14 +117,26 @@ def export_model(
     model = copy.deepcopy(model).eval().requires_grad_(False)
     merge_lora(model)
     begin: dict[str, Tensor] = {}
-    if isinstance(model, AutoregressiveModel):
+    if isinstance(model, AutoregressiveModel | JointModel):
         if embedding:
             raise ValueError("a model that makes sequences has no embedding: it predicts every token")
         if model.reads_codes:
             raise ExportError(
                 "a part of the backbone goes by what the tokens are ({retro: ...}, {spacebyte: ...}), which no program holds: use `mmlong generate`"
             )
-        programs, begin = generator_programs(model, length, sampling or Sampling())
+        if isinstance(model, JointModel):
+            programs, begin = joint_programs(model, length, sampling or Sampling())
+        else:
+            programs, begin = generator_programs(model, length, sampling or Sampling())
+    elif isinstance(model, SpansModel):
+        raise ExportError(
+            "a masked joint model is not exported: where the tokens of a modality stand differs from row to row and is found by looking, and a program of torch.export is fixed before. "
+            "Keep its weights by `mmlong save`, or begin another run with its backbone (--model.backbone_from)"
+        )
+    elif isinstance(model, TowersModel):
+        raise ExportError(
+            "towers have a program for each modality, which is not written yet: use model(raw, lengths, NAME, pre_logits=True), or keep them by `mmlong save`"
+        )
     else:
         if sampling is not None:
             raise ValueError("there is nothing to draw: this model makes no sequences")
@@ -133,7 +148,7 @@ def export_model(
     try:
         written = {}
         for program in programs:
-            written[program.name] = _export(program, partial, form, batch, _whole(model), say)
+            written[program.name] = _export(program, partial, form, batch, say)
         if begin:
             save_file({name: t.detach().cpu().contiguous() for name, t in begin.items()}, partial / BEGIN)
         info = {**describe(model, class_names, source), "format": form, "programs": written}
@@ -148,27 +163,43 @@ def export_model(
 
 def describe(model: Model, class_names: Sequence[str], source: str) -> dict[str, Any]:
     """What there is to say of a model beside its programs."""
-    modality, head = model.modality, model.config["head"]
-    options = {key: value for key, value in model.config["modality"].items() if key != "name"}
     return {
         "mmlong": mmlong.__version__,
         "torch": torch.__version__,
         "source": source,
         "kind": model.config.get("kind", "plain"),
-        "modality": {
-            "name": model.config["modality"]["name"],
-            "kind": modality.kind,
-            "unit": modality.unit,
-            "codes": modality.codes,
-            "channels": modality.channels,
-            "levels": modality.levels,
-            "tokens_per_sample": modality.tokens_per_sample(),
-            **options,
-        },
-        "head": head,
+        **(_told_joint(model) if isinstance(model, JointModel) else _told(model)),
         "class_names": list(class_names),
-        "prediction": MEANING.get(head.get("of", head["name"]) if head["name"] == "both_strands" else head["name"], ""),
         "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def _told(model: Model) -> dict[str, Any]:
+    head = model.config["head"]
+    name = head.get("of", head["name"]) if head["name"] == "both_strands" else head["name"]
+    return {"modality": _told_modality(model.modality, model.config["modality"]), "head": head, "prediction": MEANING.get(name, "")}  # fmt: skip
+
+
+def _told_joint(model: JointModel) -> dict[str, Any]:
+    heads = model.config["heads"]
+    return {
+        "modalities": {name: _told_modality(voice.modality, model.config["modalities"][name]) for name, voice in model.voices.items()},
+        "heads": heads,
+        "orders": model.orders,
+        "prediction": {name: MEANING.get(head["name"], "") for name, head in heads.items()},
+    }  # fmt: skip
+
+
+def _told_modality(modality: Modality, given: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": given["name"],
+        "kind": modality.kind,
+        "unit": modality.unit,
+        "codes": modality.codes,
+        "channels": modality.channels,
+        "levels": modality.levels,
+        "tokens_per_sample": modality.tokens_per_sample(),
+        **{key: value for key, value in given.items() if key != "name"},
     }
 
 
@@ -189,46 +220,40 @@ MEANING = {
 """What a prediction is, by the head's name."""
 
 
-def _whole(model: Model) -> int | None:
-    return model.modality.tokens_per_sample() if isinstance(model, AutoregressiveModel) else None
-
-
 def _two(bounds: Bounds, a: int, b: int) -> tuple[int, int]:
     """Two sizes within bounds, different where there are two."""
     a, b = bounds.clamp(a), bounds.clamp(b)
     return (bounds.least, bounds.most) if a == b else (a, b)
 
 
-def _varied(program: Program, batch: Bounds, whole: int | None) -> list[Size]:
+def _varied(program: Program, batch: Bounds) -> list[Size]:
     """Two sizes of examples that differ in all that may vary."""
     length = program.length or Bounds(1, 1)
-    if whole is not None and program.name == "read":
-        length = Bounds(length.least, min(length.most, whole - 3))
+    if program.past and program.whole is not None and program.length is not None:
+        length = Bounds(length.least, min(length.most, program.whole - 3))
     return [Size(*each) for each in zip(_two(batch, 2, 3), _two(length, 131, 257), (1, 2), strict=True)]
 
 
-def _sizes(program: Program, batch: Bounds, whole: int | None, wanted: Sequence[Size]) -> list[Size]:
+def _sizes(program: Program, batch: Bounds, wanted: Sequence[Size]) -> list[Size]:
     """Sizes of examples as near to those that are wanted as the bounds allow, none twice."""
     found = []
     for size in wanted:
         length = 1 if program.length is None else program.length.clamp(size.length)
         # What a picture's state has seen and what is read next must fit into it.
-        room = size.past if whole is None else max(0, whole - 1 - (length if program.name == "read" else 1))
-        past = min(size.past, room) if program.name in ("step", "read") else 0
+        room = size.past if program.whole is None else max(0, program.whole - 1 - length)
+        past = min(size.past, room) if program.past else 0
         found.append(Size(batch.clamp(size.batch), length, past))
     return list(dict.fromkeys(found))
 
 
-def _export(
-    program: Program, folder: Path, form: str, batch: Bounds, whole: int | None, say: Callable[[str], None]
-) -> dict[str, Any]:
+def _export(program: Program, folder: Path, form: str, batch: Bounds, say: Callable[[str], None]) -> dict[str, Any]:
     """Trace, write, load and compare one program; what ``export.json`` says of it."""
-    varied = _varied(program, batch, whole)
+    varied = _varied(program, batch)
     inputs = [program.example(size) for size in varied]
     outputs = [_own(program, given) for given in inputs]
     shapes: list[list[tuple[int, ...]]] = [[tuple(t.shape) for t in given] for given in inputs]
     say(f"{program.name}: tracing")
-    (size,) = _sizes(program, batch, whole, [TRACED])
+    (size,) = _sizes(program, batch, [TRACED])
     traced = trace(program, batch, size, varied, shapes)
     actual = written_as(program, form)
     path = folder / f"{program.name}{suffix(actual)}"
@@ -237,7 +262,7 @@ def _export(
     write_program(traced, program, path, actual)
     run = load_program(path, actual, program.inputs)
     most, tried = 0.0, 0
-    for size in _sizes(program, batch, whole, TRIED):
+    for size in _sizes(program, batch, TRIED):
         given = program.example(size)
         most = max(most, _compare(program, given, run, size))
         tried += 1
@@ -245,7 +270,7 @@ def _export(
 
     def ports(names: Sequence[str], sets: Sequence[Sequence[Tensor]]) -> list[dict[str, Any]]:
         return [
-            {"name": name, "dtype": str(each[0].dtype).removeprefix("torch."), "shape": axes([tuple(t.shape) for t in each], varied)}
+            {"name": name, "dtype": str(each[0].dtype).removeprefix("torch."), "shape": axes([tuple(t.shape) for t in each], varied, program.slots)}
             for name, each in zip(names, zip(*sets, strict=True), strict=True)
         ]  # fmt: skip
 

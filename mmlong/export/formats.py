@@ -99,7 +99,7 @@ def trace(program: Program, batch: Bounds, size: Size, sizes: Sequence[Size], sh
             known[f"{k} * length"] = k * known["length"]
     dynamic: list[dict[int, Any]] = []
     for each in zip(*shapes, strict=True):
-        words = axes(each, sizes)
+        words = axes(each, sizes, program.slots)
         dynamic.append({i: known.get(w, Dim.AUTO) for i, w in enumerate(words) if isinstance(w, str)})
     try:
         with torch.no_grad(), warnings.catch_warnings():

@@ -2,6 +2,7 @@
 
     predictor = load(folder);  predictor(raw, lengths)
     generator = load(folder);  generator.generate(100, prompt);  prediction, state = generator.read(tokens, *generator.begin(batch))
+    joint = load(folder);      joint.generate(["picture", "text"], {"text": 20}, given={"picture": tokens})
 
 Neither knows the model's classes: it is the files alone that compute.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,13 +184,112 @@ class Generator(Exported):
         return torch.cat(tokens, 1)
 
 
-def load(folder: str | Path) -> Predictor | Generator:
+class JointGenerator(Exported):
+    """A joint model: spans of several modalities, each from those before it."""
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(folder)
+        self._begin = load_file(_checked(self.folder, self.info["begin"]))
+        self.names = list(self.info["modalities"])
+        self._state = self.info["programs"][f"{self.names[0]}.put"]["names"][1:]
+
+    def begin(self, batch: int = 1) -> State:
+        """The state before the first token of ``batch`` rows; any span may be first."""
+        return [self._begin[name].repeat(batch, *[1] * (self._begin[name].ndim - 1)) for name in self._state]
+
+    def open(self, state: Sequence[Tensor]) -> State:
+        """The state with a span begun behind all that it has seen."""
+        return [
+            torch.zeros_like(t) if name == "state.passed" else t for name, t in zip(self._state, state, strict=True)
+        ]
+
+    def read(self, name: str, tokens: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, State]:
+        """Take tokens ``(B, L, ...)`` of a modality: what was to be expected of each of them, and the state then."""
+        if tokens.shape[1] == 1:
+            prediction, before = self.peek(name, state)
+            return prediction, self.put(name, tokens, before)
+        prediction, *after = self.run(self._known(name, "read"), tokens, *state)
+        return prediction, after
+
+    def peek(self, name: str, state: Sequence[Tensor]) -> tuple[Tensor, State]:
+        """What the next token may be, if it is of this modality, ``(B, 1, ...)``; and a state for :meth:`put` only."""
+        prediction, *after = self.run(self._known(name, "peek"), *state)
+        return prediction, after
+
+    def put(self, name: str, token: Tensor, state: Sequence[Tensor]) -> State:
+        """The state with a token ``(B, 1, ...)`` of this modality, from the one that :meth:`peek` gave."""
+        return list(self.run(self._known(name, "put"), token, *state))
+
+    def encode(self, name: str, raw: Tensor) -> Tensor:
+        """Raw data of a modality to tokens."""
+        return self.run(self._known(name, "encode"), raw)[0]
+
+    def decode(self, name: str, tokens: Tensor) -> Tensor:
+        """Tokens of a modality to raw data."""
+        return self.run(self._known(name, "decode"), tokens)[0]
+
+    def sample(self, name: str, prediction: Tensor) -> Tensor:
+        """Draw a token ``(B, 1, ...)`` of a modality by torch's generator (``torch.manual_seed``)."""
+        return self.run(self._known(name, "sample"), prediction)[0]
+
+    def generate(
+        self,
+        order: Sequence[str],
+        lengths: Mapping[str, int],
+        given: Mapping[str, Tensor] | None = None,
+        batch: int = 1,
+    ) -> dict[str, Tensor]:
+        """Spans one behind another: those that are given are read, the others drawn.
+
+        Args:
+            order: names of the spans.
+            lengths: tokens in each span that is drawn; a modality of one fixed size knows its own.
+            given: by name, tokens ``(B, L, ...)``.
+            batch: rows, where nothing is given.
+
+        Returns:
+            tokens of every span, by name.
+
+        Raises:
+            ValueError: no such modality, or a span that is neither given nor has a length.
+        """
+        known = dict(given or {})
+        if unused := [name for name in known if name not in order]:
+            raise ValueError(f"{', '.join(unused)} is given, and the order has only {', '.join(order)}")
+        state = self.begin(next(iter(known.values())).shape[0] if known else batch)
+        for name in order:
+            self._known(name, "read")
+            state = self.open(state)
+            if name in known:
+                _, state = self.read(name, known[name], state)
+                continue
+            length = self.info["modalities"][name]["tokens_per_sample"] or lengths.get(name, 0)
+            if length < 1:
+                raise ValueError(f"how many tokens of {name} to draw is not said: lengths[{name!r}]")
+            tokens = []
+            for _ in range(length):
+                prediction, state = self.peek(name, state)
+                tokens.append(self.sample(name, prediction))
+                state = self.put(name, tokens[-1], state)
+            known[name] = torch.cat(tokens, 1)
+        return {name: known[name] for name in order}
+
+    def _known(self, name: str, program: str) -> str:
+        if name not in self.names:
+            raise ValueError(f"this model has no {name!r}; it has {', '.join(self.names)}")
+        return f"{name}.{program}"
+
+
+def load(folder: str | Path) -> Predictor | Generator | JointGenerator:
     """What ``mmlong export`` wrote, ready to be called. It is code, and runs: load only what you trust (:mod:`mmlong.export.formats`).
 
     Raises:
         ExportError: see :class:`Exported`.
     """
-    return Generator(folder) if "begin" in _read(Path(folder)) else Predictor(folder)
+    info = _read(Path(folder))
+    if "begin" not in info:
+        return Predictor(folder)
+    return JointGenerator(folder) if "modalities" in info else Generator(folder)
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -90,6 +90,9 @@ class Program:
         length: sizes that the length may have; ``None`` where nothing has a length that can vary.
         reference: what the outputs must be, by the model's own verbs.
         portable: can be written in every format; otherwise as ``torch.export`` alone.
+        past: takes a state, which may have seen tokens.
+        whole: tokens of a sample, where all have as many.
+        slots: that a cache has in a state which has seen nothing: two that are not used, and that of the start.
     """
 
     name: str
@@ -100,6 +103,9 @@ class Program:
     length: Bounds | None
     reference: Callable[..., Any]
     portable: bool = True
+    past: bool = False
+    whole: int | None = None
+    slots: int = 3
 
 
 class Predict(nn.Module):
@@ -249,8 +255,12 @@ def state_names(state: State, prefix: str = "state") -> list[str]:
 
 
 @torch.no_grad()
-def beginning(model: AutoregressiveModel) -> tuple[Tensor, State]:
-    """What the first token of one row may be, and the state before it without anything left out.
+def empty_backbone_state(model: Model, last: Tensor) -> State:
+    """The backbone's state before the first token of one row, without anything left out.
+
+    Args:
+        model: in evaluation mode.
+        last: ``(1, 1, D)``, any vector.
 
     Raises:
         ValueError: a mixer's state before the first token cannot be had as tensors.
@@ -260,11 +270,20 @@ def beginning(model: AutoregressiveModel) -> tuple[Tensor, State]:
             raise ValueError(
                 f"{type(module).__name__} does not honour lengths, and its state before the first token is that of a row of length 0: it cannot be exported as a generator"
             )
-    begun = model.begin(1)
-    x = begun["last"].expand(2, 2, -1)
     # The state of a row that has nothing in a piece in which another row has two tokens: all its tensors are there and none is empty.
-    _, inner = model.backbone(x, None, Layout(lengths=torch.tensor([0, 2], device=x.device)))
-    prediction, state = model.peek({**begun, "backbone": select_rows(inner, slice(0, 1))})
+    _, inner = model.backbone(last.expand(2, 2, -1), None, Layout(lengths=torch.tensor([0, 2], device=last.device)))
+    return select_rows(inner, slice(0, 1))
+
+
+@torch.no_grad()
+def beginning(model: AutoregressiveModel) -> tuple[Tensor, State]:
+    """What the first token of one row may be, and the state before it without anything left out.
+
+    Raises:
+        ValueError: see :func:`empty_backbone_state`.
+    """
+    begun = model.begin(1)
+    prediction, state = model.peek({**begun, "backbone": empty_backbone_state(model, begun["last"])})
     del state["last"]
     return prediction, state
 
@@ -332,8 +351,8 @@ def generator_programs(
     encode, decode, sample = Encode(modality), Decode(modality), Sample(head, sampling)
     ports: dict[str, Any] = {"inputs": ["tokens", *names], "outputs": ["prediction", *names]}
     programs = [
-        Program("step", module, **ports, example=lambda s: (tokens(Size(s.batch, 1)), *past(s)), length=None, reference=flattened),
-        Program("read", module, **ports, example=lambda s: (tokens(s), *past(s)), length=piece, reference=flattened),
+        Program("step", module, **ports, example=lambda s: (tokens(Size(s.batch, 1)), *past(s)), length=None, reference=flattened, past=True, whole=whole),
+        Program("read", module, **ports, example=lambda s: (tokens(s), *past(s)), length=piece, reference=flattened, past=True, whole=whole),
         Program("encode", encode, ["raw"], ["tokens"], raw, raws, encode),
         Program("decode", decode, ["tokens"], ["raw"], coded, raws, decode),
         Program("sample", sample, ["prediction"], ["token"], predicted, None, sample, portable=False),
@@ -341,23 +360,20 @@ def generator_programs(
     return programs, dict(zip(["prediction", *names], [first, *state_tensors(state)], strict=True))
 
 
-SLOTS = 3
-"""Slots that a cache has at the beginning: the two of :func:`beginning`, not used, and that of the start."""
-
-
-def axes(shapes: Sequence[tuple[int, ...]], sizes: Sequence[Size]) -> list[int | str]:
+def axes(shapes: Sequence[tuple[int, ...]], sizes: Sequence[Size], slots: int = 3) -> list[int | str]:
     """What each axis of a tensor is, from its shapes in examples of two sizes: a number where it is always the same, else a word for what it goes with.
 
     Args:
         shapes: of the tensor, in each example.
         sizes: of the examples, that differ in everything that can.
+        slots: see :class:`Program`.
     """
     known: dict[str, tuple[int, ...]] = {
         "batch": tuple(s.batch for s in sizes),
         "length": tuple(s.length for s in sizes),
-        "past": tuple(s.past + SLOTS for s in sizes),
-        "past + 1": tuple(s.past + SLOTS + 1 for s in sizes),
-        "past + length": tuple(s.past + SLOTS + s.length for s in sizes),
+        "past": tuple(s.past + slots for s in sizes),
+        "past + 1": tuple(s.past + slots + 1 for s in sizes),
+        "past + length": tuple(s.past + slots + s.length for s in sizes),
     }
     for k in range(2, 65):
         known.setdefault(f"{k} * length", tuple(k * s.length for s in sizes))

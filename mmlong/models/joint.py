@@ -15,24 +15,23 @@ How long a span is, is not modelled: generation is told, or the data end with a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmlong.heads import Head
 from mmlong.layout import Layout
-from mmlong.mixers import Mixer, State, require_streaming
+from mmlong.mixers import State, require_streaming
 from mmlong.modalities import Modality
-from mmlong.models.model import Config, Model, register_kind
-from mmlong.models.spans import Spans, lay_spans
+from mmlong.models.model import Config, register_kind
+from mmlong.models.spans import Spans
+from mmlong.models.spans_model import SpansModel, blank
 from mmlong.models.voice import JointVoice
-from mmlong.registry import nearest
 
 
 @register_kind("joint")
-class JointModel(Model):
+class JointModel(SpansModel):
     """Spans of several modalities, each token from those before it.
 
     Args:
@@ -47,7 +46,6 @@ class JointModel(Model):
         ValueError: the backbone does not stream, or reads codes or a grid, a name that no modality has, a head that predicts no tokens, or a modality whose tokens have no probability.
     """
 
-    parts = ("modalities", "backbone")
     own_parts = ("heads", "orders", "linear_prediction")
 
     def __init__(self, config: Config) -> None:
@@ -56,107 +54,12 @@ class JointModel(Model):
     def make(self, config: Config) -> None:
         """The voices."""
         require_streaming(self.backbone, "a joint model")
-        if self.backbone.reads_codes:
-            raise ValueError("the backbone reads the codes of one modality, and a joint model has several")
-        self.reads_codes = False
-        for module in self.backbone.modules():
-            if isinstance(module, Mixer) and module.traits.grid:
-                raise ValueError(
-                    f"{type(module).__name__} reads a grid, and a row of spans has none: take a mixer of sequences (`mmlong mixers` shows which)"
-                )
-        names = list(config["modalities"])
-        if not names:
-            raise ValueError("a joint model has at least one modality: give modalities, {name: {name: ..., ...}}")
-        heads, linear = config.get("heads") or {}, config.get("linear_prediction") or {}
-        orders = config.get("orders") or [names]
-        for part, given in (("heads", heads), ("linear_prediction", linear), *(("orders", order) for order in orders)):
-            for name in given:
-                self._known(name, names, part)
-        for order in orders:
-            if len(set(order)) != len(order) or not order:
-                raise ValueError(f"orders has {order}; an order names one modality or more, none twice")
-        self.voices: Any = nn.ModuleDict()
-        for name, options in config["modalities"].items():
-            try:
-                self.voices[name] = JointVoice(options, heads.get(name) or {}, self.backbone, linear.get(name))
-            except KeyError as error:  # torch's own reasons: a dot, an empty name, a method of the dict
-                raise ValueError(f"modalities has {name!r}, which cannot be a name here: {error.args[0]}") from error
-        config["heads"] = {name: voice.options for name, voice in self.voices.items()}
-        config["orders"] = [list(order) for order in orders]
-        self.orders: list[list[str]] = config["orders"]
-
-    @staticmethod
-    def _known(name: str, names: Sequence[str], part: str) -> None:
-        if name not in names:
-            raise ValueError(f"{part} has {name!r}{nearest(name, names)}; the modalities are {', '.join(names)}")
-
-    @property
-    def modality(self) -> Modality:  # type: ignore[override]
-        """Each voice has one; what asks for the model's is for models of one modality, and gets a clear answer."""
-        raise ValueError(
-            f"this is for models of one modality, and a joint model has {', '.join(self.names)}: model.voices[name].modality"
+        linear = config.get("linear_prediction") or {}
+        self.find_modalities(
+            config,
+            "a joint model",
+            lambda name, options, head: JointVoice(options, head, self.backbone, linear.get(name)),
         )
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the modalities, in the order of their numbers."""
-        return list(self.voices)
-
-    def tokens_per_sample(self) -> int | None:
-        """Tokens of every row, where all orders have as many; else ``None``."""
-        each = {name: voice.modality.tokens_per_sample() for name, voice in self.voices.items()}
-        totals = {None if None in (found := [each[n] for n in order]) else sum(found) for order in self.orders}
-        return totals.pop() if len(totals) == 1 else None
-
-    def encode(  # type: ignore[override]
-        self,
-        raw: Mapping[str, Tensor],
-        lengths: Mapping[str, Tensor] | None = None,
-        orders: Sequence[Sequence[str]] | None = None,
-        rows: Mapping[str, Tensor] | None = None,
-        counted: Tensor | None = None,
-    ) -> tuple[Spans, Layout]:
-        """Raw tensors to spans and their layout.
-
-        Args:
-            raw: by modality, as the modality takes it. Not all have to be there.
-            lengths: by modality, int64, how much of each is valid; of those that are uneven.
-            orders: of each row; ``None``: the first of the model's for all.
-            rows: by modality, int64 ``(n,)``, in which rows of the batch its ``n`` raw tensors stand; of those that are not in every row.
-            counted: bool ``(B,)``, rows that have tokens at all; ``None``: all.
-
-        Raises:
-            ValueError: no such modality, or rows that do not fit.
-        """
-        lengths, rows = lengths or {}, rows or {}
-        for name in raw:
-            self._known(name, self.names, "the batch")
-        sizes = {int(raw[name].shape[0]) for name in raw if name not in rows}
-        if orders is not None:
-            sizes.add(len(orders))
-        if len(sizes) != 1:
-            raise ValueError(
-                f"the modalities of a batch have {sorted(sizes)} rows; where not all are in each, say rows and orders"
-            )
-        (batch,) = sizes
-        device = next(iter(raw.values())).device
-        parts: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, voice in self.voices.items():
-            modality = voice.modality
-            if name not in raw:
-                nothing = torch.zeros(batch, dtype=torch.int64, device=device)
-                parts[name] = _blank(voice, nothing[:, None][:, :0]), nothing
-                continue
-            tokens, layout = modality.encode(raw[name], lengths.get(name), None)
-            valid = layout.lengths
-            if valid is None:
-                valid = torch.full((tokens.shape[0],), tokens.shape[1], dtype=torch.int64, device=device)
-            if name in rows:
-                there = torch.zeros(batch, dtype=torch.int64, device=device).index_put((rows[name],), valid)
-                tokens = tokens.new_zeros(batch, *tokens.shape[1:]).index_put((rows[name],), tokens)
-                valid = there
-            parts[name] = tokens, valid if counted is None else valid.masked_fill(~counted, 0)
-        return lay_spans(parts, [self.orders[0]] * batch if orders is None else orders)
 
     def forward_features(  # type: ignore[override]
         self, spans: Spans, state: State = None, layout: Layout | None = None
@@ -229,22 +132,6 @@ class JointModel(Model):
         self._known(name, self.names, "speaking")
         return Speaking(self, name)
 
-    def forward_head(self, x: Tensor, layout: Layout | None = None, pre_logits: bool = False) -> Tensor:
-        """Of one modality only: ``model.voices[name].head``."""
-        raise ValueError("a joint model has a head for each modality: model.voices[name].head")
-
-    def reset_classifier(self, num_classes: int, **options: Any) -> None:
-        """A joint model predicts tokens."""
-        raise ValueError("a joint model has a head for each modality, and none that classifies")
-
-    def get_classifier(self) -> nn.Module:
-        """A joint model predicts tokens."""
-        raise ValueError("a joint model has a head for each modality: model.voices[name].head")
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """As the plain model's; the stems are those of the voices."""
-        return {**super().group_matcher(coarse), "stem": r"^voices\.\w+\.(?:modality\b|start$)"}
-
 
 def _tail_state(state: State, name: str) -> State:
     """What :class:`~mmlong.models.voice.Voice` calls the state: the tail of one modality."""
@@ -309,46 +196,62 @@ class Speaking:
         """The state with a span of this modality begun behind all that it has seen."""
         return {**state, "passed": torch.zeros_like(state["passed"])}
 
-    def spans(self, tokens: Tensor, passed: Tensor) -> Spans:
-        """Tokens ``(B, L, ...)`` that go on a span of which ``passed (B,)`` have come."""
-        names, (batch, length) = self.model.names, tokens.shape[:2]
-        kind = torch.full((batch, length), names.index(self.name), dtype=torch.int64, device=tokens.device)
-        return Spans(
-            kind,
-            passed[:, None] + torch.arange(length, device=tokens.device),
-            {name: tokens if name == self.name else _blank(voice, tokens) for name, voice in self.model.voices.items()},
-        )
-
     def forward_features(
         self, tokens: Tensor, state: State = None, layout: Layout | None = None
     ) -> tuple[Tensor, State]:
-        """Tokens ``(B, L, ...)`` of this modality, going on the span that the state is in, to features and the state after them."""
-        passed = self.begin(tokens.shape[0])["passed"] if state is None else state["passed"]
-        return self.model.forward_features(self.spans(tokens, passed), state, layout)
+        """Tokens ``(B, L, ...)`` of this modality, going on the span that the state is in, to features and the state after them.
+
+        What :meth:`JointModel.forward_features` does of spans of one modality, without looking for them: a program can hold it.
+
+        Raises:
+            ValueError: rows of other lengths than the tokens', or documents in a row.
+        """
+        if layout is not None and (layout.lengths is not None or layout.resets is not None):
+            raise ValueError("a span that goes on has full rows, without lengths and resets: give those to the joint model")  # fmt: skip
+        state = self.begin(tokens.shape[0]) if state is None else state
+        index = self._index(tokens, state)
+        values = self.modality.values(tokens)
+        line = torch.cat([state["last"].to(values.dtype), values], 1)
+        beside = self.voice.add_to_tokens(index == 0, index)
+        x, inner = self.model.backbone(line[:, :-1] + beside, state["backbone"], None)
+        after = {"backbone": inner, "last": line[:, -1:], "passed": state["passed"] + tokens.shape[1]}
+        return x, {**after, "tails": self._tails(state, tokens)}
+
+    def __call__(self, tokens: Tensor, state: State = None, layout: Layout | None = None) -> tuple[Tensor, State]:
+        """Tokens ``(B, L, ...)`` to the distribution of each of them, and the state after them."""
+        state = self.begin(tokens.shape[0]) if state is None else state
+        x, after = self.forward_features(tokens, state, layout)
+        prediction = self.head(x)
+        if self.voice.linear is not None:
+            before = torch.cat([state["tails"][self.name].to(tokens.dtype), tokens[:, :-1]], 1)
+            prediction = self.voice.moved(prediction, before, tokens.shape[1], self._index(tokens, state))
+        return prediction, after
+
+    @staticmethod
+    def _index(tokens: Tensor, state: State) -> Tensor:
+        """How many tokens of the span come before each."""
+        return state["passed"][:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+
+    def _tails(self, state: State, tokens: Tensor) -> dict[str, Tensor]:
+        """The tails after tokens of this modality; of the others, nothing has passed."""
+        found = {}
+        for name, tail in state["tails"].items():
+            passed = tokens if name == self.name else blank(self.model.voices[name].modality, tokens)
+            found[name] = torch.cat([tail, passed.to(tail.dtype)], 1)[:, tokens.shape[1] :]
+        return found
 
     def peek(self, state: State) -> tuple[Tensor, State]:
         """What the next token may be; as :meth:`mmlong.models.AutoregressiveModel.peek`."""
-        index = state["passed"][None]
-        beside = self.voice.add_to_tokens(index == 0, index)[0].unsqueeze(1)
-        y, inner = self.model.backbone(state["last"] + beside, state["backbone"], None)
+        index = state["passed"][:, None]
+        y, inner = self.model.backbone(
+            state["last"] + self.voice.add_to_tokens(index == 0, index), state["backbone"], None
+        )
         prediction = self.head(y)
         if self.voice.linear is not None:
-            tail = state["tails"][self.name]
-            prediction = self.voice.moved(prediction, tail, 1, state["passed"][:, None])
+            prediction = self.voice.moved(prediction, state["tails"][self.name], 1, index)
         return prediction, {**state, "backbone": inner}
 
     def put(self, state: State, token: Tensor) -> State:
         """The state after ``token (B, 1, ...)``; as :meth:`mmlong.models.AutoregressiveModel.put`."""
         after = {**state, "last": self.modality.values(token), "passed": state["passed"] + 1}
-        if self.voice.linear is not None:
-            tail = torch.cat([state["tails"][self.name][:, 1:], token], 1)
-            after["tails"] = {**state["tails"], self.name: tail}
-        return after
-
-
-def _blank(voice: JointVoice, like: Tensor) -> Tensor:
-    """No tokens of a modality, ``(B, L, ...)``: what stands where a row is of another."""
-    shape = like.shape[:2]
-    if voice.modality.codes is not None:
-        return torch.zeros(shape, dtype=torch.int64, device=like.device)
-    return torch.zeros(*shape, voice.modality.channels, device=like.device)
+        return {**after, "tails": self._tails(state, token)}

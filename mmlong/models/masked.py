@@ -13,9 +13,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmlong.backbone import Backbone
+from mmlong.heads import Head
 from mmlong.layout import Layout
 from mmlong.mixers import State
+from mmlong.modalities import Modality
 from mmlong.models.model import Config, Model, register_kind, token_head
+
+
+def require_both_sides(backbone: Backbone) -> None:
+    """Raise ``ValueError`` unless a backbone sees both sides of a token and keeps every one."""
+    if backbone.causal:
+        raise ValueError(
+            "a masked model predicts a token from both sides, and this backbone sees the past only: set backbone.direction to alternate or both"
+        )
+    if not backbone.per_token:
+        raise ValueError(
+            f"a masked model predicts every token, and this backbone {backbone.instead}: leave backbone.pool empty, and perceiver out of backbone.parts"
+        )
+
+
+def require_per_token(head: Head, name: str) -> None:
+    """Raise ``ValueError`` unless a head predicts every token."""
+    if not head.per_token:
+        raise ValueError(f"a masked model predicts every token; head {name!r} predicts one thing a sequence")
+
+
+def guessing_head(modality: Modality, head: dict[str, Any]) -> dict[str, Any]:
+    """The options of a head that says what a hidden token is: those given, with what the modality fixes."""
+    if modality.codes is not None:
+        known: dict[str, Any] = {"name": "categorical", "num_classes": modality.codes}
+    else:
+        known = {"name": "regress_tokens", "num_classes": modality.channels}
+    return token_head(known, head)
 
 
 @register_kind("masked")
@@ -33,30 +63,15 @@ class MaskedModel(Model):
     def __init__(self, config: Config) -> None:
         config = {**config, "head": config.get("head") or {}, "kind": "masked"}
         super().__init__(config)
-        if self.backbone.causal:
-            raise ValueError(
-                "a masked model predicts a token from both sides, and this backbone sees the past only: set backbone.direction to alternate or both"
-            )
-        if not self.backbone.per_token:
-            raise ValueError(
-                f"a masked model predicts every token, and this backbone {self.backbone.instead}: leave backbone.pool empty, and perceiver out of backbone.parts"
-            )
-        if not self.head.per_token:
-            raise ValueError(
-                f"a masked model predicts every token; head {self.config['head']['name']!r} predicts one thing a sequence"
-            )
+        require_both_sides(self.backbone)
+        require_per_token(self.head, self.config["head"]["name"])
         # The same on both strands of an equivariant model, or hiding a token would tell which strand is read.
         self.strands = 2 if self.backbone.config.reverse_complement else 1
         self.mask = nn.Parameter(torch.randn(self.backbone.dim_in // self.strands) * 0.02)
 
     def complete_head(self, head: dict[str, Any]) -> dict[str, Any]:
         """The head's options with what the modality fixes."""
-        modality = self.modality
-        if modality.codes is not None:
-            known: dict[str, Any] = {"name": "categorical", "num_classes": modality.codes}
-        else:
-            known = {"name": "regress_tokens", "num_classes": modality.channels}
-        return token_head(known, head)
+        return guessing_head(self.modality, head)
 
     def forward_features(
         self, tokens: Tensor, state: State = None, layout: Layout | None = None, hidden: Tensor | None = None

@@ -57,6 +57,10 @@ class SequenceParallelStrategy(DDPStrategy):
     def connect(self, model: pl.LightningModule) -> None:
         """Refuse what cannot run in pieces, before any rank waits for another."""
         check_task(model)
+        if self._layers and not getattr(model, "ranks_take_layers", True):
+            raise ValueError(
+                f"strategy: {NAME} with layers is not for {type(model).__name__}: leave layers out, and its rows go through the ranks in segments"
+            )
         if self._layers and getattr(model, "compile_blocks", False):
             raise ValueError(
                 f"strategy: {NAME} with layers speaks with other ranks inside blocks, which model.compile cannot take: set one of them"
@@ -88,7 +92,7 @@ def check_task(task: Any) -> None:
         require_streaming(task.model, f"strategy: {NAME}")
     if not hasattr(task, "ranks"):
         raise ValueError(
-            f"strategy: {NAME} needs an objective that is a sum over positions (AutoregressTask), but {type(task).__name__} looks at a sequence as a whole: use strategy: ddp"
+            f"strategy: {NAME} needs an objective that is a sum over positions (AutoregressTask, JointTask), but {type(task).__name__} looks at a sequence as a whole: use strategy: ddp"
         )
     if getattr(task, "carry", False):
         raise ValueError(

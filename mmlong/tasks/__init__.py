@@ -8,6 +8,7 @@ from mmlong.tasks.classify import ClassifyTask
 from mmlong.tasks.contrast import ContrastTask
 from mmlong.tasks.joint import JointTask
 from mmlong.tasks.joint_contrast import JointContrastTask
+from mmlong.tasks.joint_masked import JointMaskedTask
 from mmlong.tasks.masked import MaskedTask
 from mmlong.tasks.masking import Masking
 from mmlong.tasks.multilabel import MultiLabelTask
@@ -20,6 +21,7 @@ __all__ = [
     "ClassifyTask",
     "ContrastTask",
     "JointContrastTask",
+    "JointMaskedTask",
     "JointTask",
     "MaskedTask",
     "Masking",

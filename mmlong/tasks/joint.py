@@ -1,13 +1,6 @@
 """Joint training: several modalities in one causal model, in one sequence of spans or in batches that alternate, each in bits of its own.
 
-A batch says of each modality what it has::
-
-    parts    {name: {raw, lengths, rows}}   as its modality takes it; `lengths` where it is uneven, `rows` int64 (n,) where it is not in every row
-    index    int64   (B,)                   sample ids
-    weight   float32 (B,)                   0: not to be counted
-
-Which spans a row has and in which order is one of ``orders``: in training drawn sample by sample; evaluation counts every sample in each of them. What a batch has nothing of is left out of its rows, so batches of one
-modality each may alternate (:mod:`mmlong.datamodules.mixed`). See :class:`mmlong.models.JointModel`.
+Batches and orders are those of :mod:`mmlong.tasks.spans_task`. See :class:`mmlong.models.JointModel`. With ``strategy: sequence_parallel`` each rank takes a piece of every row, whatever spans lie in it (see :mod:`mmlong.parallel`).
 """
 
 from __future__ import annotations
@@ -19,6 +12,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mmlong.backbone import BackboneConfig
@@ -27,15 +21,13 @@ from mmlong.layout import Layout
 from mmlong.mixers import State
 from mmlong.mixers.own_loss import own_losses, sum_own_loss
 from mmlong.models import JointModel, Spans
-from mmlong.registry import nearest
-from mmlong.tasks.base import Task
+from mmlong.parallel import SequenceMesh, sequence_parallel_loss, take_piece
 from mmlong.tasks.joint_report import JointReport
+from mmlong.tasks.spans_task import SpansTask, check_named
 from mmlong.training.optim import OptimConfig
 
-Parts = dict[str, dict[str, Tensor]]
 
-
-class JointTask(Task):
+class JointTask(SpansTask):
     """Likelihood training of a joint model.
 
     Logs ``val/bits`` (of all numbers together) and, of each modality, ``val/NAME/bits``; of text also ``val/NAME/exact``, the share of spans of which every byte is the likeliest: those that greedy generation gets
@@ -54,6 +46,10 @@ class JointTask(Task):
     """
 
     kind = "joint"
+    ranks: SequenceMesh | None = None
+    """Where this rank stands, when several share a sequence: the strategy sets it."""
+    ranks_take_layers = False
+    """Row after row only: a piece that runs layer by layer would have to know what stands before it."""
 
     def __init__(
         self,
@@ -76,12 +72,8 @@ class JointTask(Task):
         if segment is not None and segment < 1:
             raise ValueError(f"model.segment is {segment}; it is a number of tokens, or null for whole rows")
         check_keep(keep, "model.keep")
-        for option, named in (("weights", weights), ("sample_lengths", sample_lengths)):
-            for name, value in (named or {}).items():
-                if name not in modalities:
-                    raise ValueError(f"model.{option} has {name!r}{nearest(name, list(modalities))}; the modalities are {', '.join(modalities)}")  # fmt: skip
-                if value < 0:
-                    raise ValueError(f"model.{option} has {value} for {name}; it is 0 or more")
+        check_named("weights", weights, modalities)
+        check_named("sample_lengths", sample_lengths, modalities)
         own: dict[str, Any] = {} if orders is None else {"orders": [list(order) for order in orders]}
         if linear_prediction:
             own["linear_prediction"] = {name: list(offsets) for name, offsets in linear_prediction.items()}
@@ -100,21 +92,6 @@ class JointTask(Task):
         self.segment, self.keep = segment, keep
         self.samples, self.sample_lengths = samples, dict(sample_lengths or {})
 
-    def both_sides(self, modality: dict[str, Any], head: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
-        """Modalities and heads by name, with what the data fixes of each.
-
-        Raises:
-            ValueError: the data has a modality that the model has not.
-        """
-        fixed = info.get("modalities", {})
-        for name in fixed:
-            if name not in modality:
-                raise ValueError(f"the data has {name!r}{nearest(name, list(modality))}, and model.modalities only {', '.join(modality)}")  # fmt: skip
-        return {
-            "modalities": {name: {**fixed.get(name, {}), **options} for name, options in modality.items()},
-            "heads": head,
-        }
-
     @property
     def joint(self) -> JointModel:
         """The model, as what it is."""
@@ -124,47 +101,6 @@ class JointTask(Task):
     def configure_callbacks(self) -> list[pl.Callback]:
         """Samples at the end of a test, beside the base's."""
         return [*super().configure_callbacks(), *([JointReport()] if self.samples else [])]
-
-    def show_data(self, data: Any) -> None:
-        """Give each modality what it takes from training data."""
-        missing = {name: voice.modality for name, voice in self.joint.voices.items() if not voice.modality.initialised}
-        if missing and hasattr(data, "samples"):
-            parts = self.sample_rows(data)["parts"]
-            for name, modality in missing.items():
-                if name in parts:
-                    modality.initialise(parts[name]["raw"])
-
-    def tokens_in(self, batch: dict[str, Any]) -> int:
-        """Tokens that a batch holds, for throughput."""
-        used = {name for order in self.joint.orders for name in order}
-        total = 0
-        for name, part in batch["parts"].items():
-            if name in used:
-                fixed = self.joint.voices[name].modality.tokens_per_sample()
-                rows, longest = part["raw"].shape[0], part["raw"].shape[-1]
-                total += int(part["lengths"].sum()) if "lengths" in part else rows * (fixed or longest)
-        return total
-
-    def encode(  # type: ignore[override]
-        self, batch: dict[str, Any], orders: list[list[str]] | None = None
-    ) -> tuple[Spans, Layout]:
-        """The spans and layout of a batch; rows of weight 0 have no tokens.
-
-        Args:
-            batch: see the module's docstring.
-            orders: of each row; ``None``: drawn, each of the model's with the same chance.
-        """
-        parts: Parts = batch["parts"]
-
-        def given(key: str) -> dict[str, Tensor]:
-            return {name: part[key] for name, part in parts.items() if key in part}
-
-        if orders is None:
-            known, count = self.joint.orders, batch["index"].shape[0]
-            chosen = torch.randint(len(known), (count,)).tolist() if len(known) > 1 else [0] * count
-            orders = [known[number] for number in chosen]
-        counted = batch["weight"] > 0 if "weight" in batch else None
-        return self.joint.encode(given("raw"), given("lengths"), orders, given("rows"), counted)
 
     def _share(self, spans: Spans) -> dict[str, float]:
         """What a nat of each modality weighs in the loss of a batch, so that the sum is bits."""
@@ -177,9 +113,6 @@ class JointTask(Task):
         whole = sum(self.weights[name] for name, count in numbers.items() if count) or 1.0
         return {name: self.weights[name] / whole / max(count, 1) / math.log(2) for name, count in numbers.items()}
 
-    def _is_text(self, name: str) -> bool:
-        return self.joint.voices[name].modality.kind == "text"
-
     def loss(self, spans: Spans, layout: Layout) -> tuple[Tensor, dict[str, Counted]]:
         """The loss in bits (in training with the mixers' own), and what was counted of each modality."""
         share, batch = self._share(spans), spans.kind.shape[0]
@@ -187,7 +120,11 @@ class JointTask(Task):
         asks = self.training and self.model.backbone.has_own_loss
         counted = {name: Counted.nothing(batch, spans.kind.device) for name in self.joint.names}
 
+        # Which row each position is of goes with it: ranks may run a few rows at a time.
+        row = torch.arange(batch, device=spans.kind.device)[:, None].expand_as(spans.kind)
+
         def step(pieces: list[Tensor], state: State, piece: Layout | None) -> tuple[Tensor, State]:
+            *pieces, row = pieces
             here = Spans.of(pieces, self.joint.names)
             collecting: Any = own_losses() if asks else nullcontext([])
             with collecting as found:
@@ -196,17 +133,36 @@ class JointTask(Task):
             for name, (nats, numbers) in self.joint.losses(prediction, here).items():
                 total = total + share[name] * nats
                 counted[name].add(nats, numbers)
-                if not self.training and self._is_text(name):
+                if not self.training and self.is_text(name):
                     wrong = prediction[name][0].argmax(-1) != here.pick(name)[0]
-                    counted[name].add_wrong(here.where(name)[0], wrong)
+                    counted[name].add_wrong(row[here.where(name)], wrong)
             if found and (own := sum_own_loss(found)) is not None:
                 total = total + own * own_share
             return total, state
 
-        segment = self.segment or spans.kind.shape[1]
-        total, _ = segmented_loss(self.model, step, spans.tensors(), segment, None, layout, self.keep)
+        inputs = [*spans.tensors(), row]
+        if self.ranks is not None:
+            pieces, here = take_piece(inputs, layout, self.ranks.sequence_size, self.ranks.sequence_rank)
+            total = sequence_parallel_loss(
+                self.model, step, pieces, self.ranks.sequence_group, here, segment=self.segment, keep=self.keep,
+                rows=self.ranks.rows, reduce="mean",
+            )  # fmt: skip
+        else:
+            segment = self.segment or spans.kind.shape[1]
+            total, _ = segmented_loss(self.model, step, inputs, segment, None, layout, self.keep)
         # The backward of segments computes them again, and that is not to be counted.
-        return total, {name: found.copy() for name, found in counted.items()}
+        found = {name: one.copy() for name, one in counted.items()}
+        if self.ranks is not None:
+            for one in found.values():
+                one.add_ranks(self.ranks)
+        return total, found
+
+    def draw_orders(self, known: int, count: int) -> list[int]:
+        """Which of the orders each row has; the ranks that share a sequence draw alike."""
+        chosen = torch.tensor(super().draw_orders(known, count), device=self.device)
+        if self.ranks is not None:
+            dist.broadcast(chosen, group=self.ranks.sequence_group, group_src=0)
+        return chosen.tolist()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss, in bits."""
@@ -226,7 +182,7 @@ class JointTask(Task):
             spans, layout = self.encode(batch, [order] * count)
             found.append((order, self.loss(spans, layout)[1], spans))
         everything = sum_of({str(k): sum_of(counted) for k, (_, counted, _) in enumerate(found)})
-        self._log(f"{stage}/bits", everything.bits, everything.numbers, prog_bar=True)
+        self.log_found(f"{stage}/bits", everything.bits, everything.numbers, prog_bar=True)
         for number, name in enumerate(self.joint.names):
             mine = [(order, counted[name], spans) for order, counted, spans in found if name in order]
             for order, counted, spans in mine if len(orders) > 1 else []:
@@ -237,16 +193,12 @@ class JointTask(Task):
                 self._log_one(f"{stage}/{name}", name, whole, [(counted, spans) for _, counted, spans in mine], number)
 
     def _log_one(self, prefix: str, name: str, whole: Counted, each: list[tuple[Counted, Spans]], number: int) -> None:
-        self._log(f"{prefix}/bits", whole.bits, whole.numbers)
-        if self._is_text(name):
+        self.log_found(f"{prefix}/bits", whole.bits, whole.numbers)
+        if self.is_text(name):
             there = [(spans.kind == number).any(1) for _, spans in each]
             right = sum(int((counted.wrong == 0)[rows].sum()) for (counted, _), rows in zip(each, there, strict=True))
             count = sum(int(rows.sum()) for rows in there)
-            self._log(f"{prefix}/exact", right / max(count, 1), count)
-
-    def _log(self, name: str, value: Any, count: int, **options: Any) -> None:
-        # Of nothing, a weight of nothing: ranks must all log the same names.
-        self.log(name, value, batch_size=count, on_step=False, on_epoch=True, sync_dist=True, **options)
+            self.log_found(f"{prefix}/exact", right / max(count, 1), count)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Count a batch."""
@@ -289,6 +241,12 @@ class Counted:
     def add_wrong(self, rows: Tensor, wrong: Tensor) -> None:
         """Count tokens, each in its row."""
         self.wrong = self.wrong.index_add(0, rows, wrong.long())
+
+    def add_ranks(self, ranks: SequenceMesh) -> None:
+        """Count what the other ranks of a sequence found: a collective."""
+        for t in (nats := self.nats.double(), numbers := torch.tensor(self.numbers, device=nats.device), self.wrong):
+            dist.all_reduce(t, group=ranks.sequence_group)
+        self.nats, self.numbers = nats, int(numbers)
 
     def copy(self) -> Counted:
         """As it is now."""

@@ -1,4 +1,4 @@
-"""``mmlong generate --as NAME`` of joint models: what is given is read, what is made is the greedy continuation, and errors are told."""
+"""``mmlong generate --as NAME`` and ``mmlong score --as NAME`` of joint models: what is given is read, what is made is the greedy continuation, and errors are told."""
 
 from __future__ import annotations
 
@@ -108,8 +108,52 @@ def test_a_model_of_one_modality_takes_none_of_it(tmp_path: Path, capsys: pytest
     assert "--as and --given are for joint models" in said
 
 
-def test_score_is_for_one_modality(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_score_is_of_a_span_behind_others(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The bits of words behind a picture and a sound are those of the whole row."""
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    sound = np.random.default_rng(1).integers(-9000, 9000, 40).astype(np.int16)
+    soundfile.write(tmp_path / "a.wav", sound, 8000)
+    (tmp_path / "a.txt").write_text("seven eight")
+    (tmp_path / "b.txt").write_text("nine")
+    given = ["--given", f"picture={tmp_path / 'a.png'}", "--given", f"sound={tmp_path / 'a.wav'}"]
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    model = joint().eval()
+    found = {}
+    for name, more in (("behind", given), ("alone", [])):
+        status, said = run(capsys, "score", folder, "--as", "words", *more, *files, "--segment", 3)
+        assert status == 0, said
+        found[name] = [float(line.split()[0]) for line in said.splitlines()]
+    raw = {"picture": torch.from_numpy(pixels)[None, None], "sound": torch.from_numpy(sound / 32768).float()[None]}
+    totals = {"behind": 0.0, "alone": 0.0}
+    for place, file in enumerate(files):
+        words = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)[None]
+        for name, others, order in (("behind", raw, ["picture", "sound", "words"]), ("alone", {}, ["words"])):
+            spans, layout = model.encode({**others, "words": words}, None, [order])
+            with torch.no_grad():
+                prediction = model(spans, None, layout)[0]
+            nats, count = model.losses(prediction, spans)["words"]
+            bits = float(nats) / int(count) / np.log(2)
+            totals[name] += bits * int(count)
+            assert found[name][place] == pytest.approx(bits, abs=1e-3)
+    assert found["behind"][0] != pytest.approx(found["alone"][0], abs=0.05)
+    for name, total in totals.items():
+        assert found[name][2] == pytest.approx(total / 15, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "say what to score, --as picture or sound or words"),
+        (["--as", "word"], "speaking has 'word'"),
+        (["--as", "words", "--given", "sound=none.wav"], "none.wav"),
+    ],
+    ids=["what", "name", "file"],
+)
+def test_what_cannot_be_scored_is_told(
+    arguments: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "a.txt").write_text("abc")
-    status, said = run(capsys, "score", folder, tmp_path / "a.txt")
+    status, said = run(capsys, "score", folder, tmp_path / "a.txt", *arguments)
     assert status == 1
-    assert "holds a joint model, of picture, sound, words" in said
+    assert message in said

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mmlong.experiments.hierarchy import __main__ as hierarchy
 from mmlong.experiments.hierarchy.subjects import SUBJECTS
 
@@ -38,7 +39,7 @@ def test_the_command_trains_what_the_minutes_hold_and_goes_on(tmp_path: Path, mo
         (folder / "summary.json").write_text(json.dumps({"train_seconds": 100, "steps": 240, "test/accuracy": 0.75}))
 
     monkeypatch.setattr(hierarchy, "step_seconds", lambda recipe, options: (0.5, 1234))
-    monkeypatch.setattr(hierarchy, "load_model", lambda run: hierarchy.torch.nn.Identity())
+    monkeypatch.setattr(hierarchy, "load_model", lambda run: torch.nn.Identity())
     monkeypatch.setattr(subprocess, "run", run)
     words = ["percussion", "--minutes", "2", "--seed", "7", "--runs", str(tmp_path / "runs"), "--json", str(tmp_path / "f.json")]  # fmt: skip
     assert hierarchy.main([*words, "--forms", "flat"]) == 0

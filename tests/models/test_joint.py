@@ -370,3 +370,25 @@ def test_spans_are_given_or_drawn() -> None:
         generate_spans(module, ["words", "sound"], {"words": 4})
     with pytest.raises(ValueError, match="picture is given, and the order has only words"):
         generate_spans(module, ["words"], {"words": 4}, {"picture": picture})
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_speaking_is_the_joint_model_on_spans_of_one_modality(batch: int) -> None:
+    """Predictions and state of a piece that goes on inside a span, behind a span of another modality."""
+    module = model()
+    given = raw(batch)
+    words, picture = module.speaking("words"), module.speaking("picture")
+    pixels = picture.modality.encode(given["picture"])[0].double()
+    with torch.no_grad():
+        state = picture.open(read(words, given["words"].long()))
+        first, state = picture(pixels[:, :4], state)
+        rest, state = picture(pixels[:, 4:11], state)
+        spans, layout = module.encode({"words": given["words"], "picture": given["picture"]}, None, [["words", "picture"]] * batch)  # fmt: skip
+        cut = spans.slice(0, 7 + 11)
+        whole, after = module(cut, None, None if layout is None else layout.slice(0, 18))
+    torch.testing.assert_close(torch.cat([first, rest], 1).flatten(0, 1), whole["picture"][0])
+    torch.testing.assert_close(state["last"], after["last"])
+    torch.testing.assert_close(state["passed"], after["passed"])
+    torch.testing.assert_close(state["tails"], after["tails"])
+    with pytest.raises(ValueError, match="full rows, without lengths"):
+        words(given["words"].long(), None, Layout(lengths=torch.full((batch,), 3)))

@@ -87,11 +87,20 @@ def test_rows_of_no_weight_do_not_count() -> None:
     assert counted["picture"].numbers == 0
 
 
+@pytest.mark.parametrize(("picture", "mixers", "keep"), [("image_bytes", ["mamba2"], 1), ("image", ["attention", {"name": "local", "window": 3}], "sqrt")], ids=["codes", "numbers"])  # fmt: skip
 @pytest.mark.parametrize("segment", [1, 5, 17, 100])
-def test_segments_change_nothing(segment: int) -> None:
+def test_segments_change_nothing(segment: int, picture: str, mixers: list[Any], keep: Any) -> None:
+    """Loss, counts and gradients, of codes and of numbers with a linear prediction, wherever the border between spans lies."""
     rows = batch(3)
-    whole, cut = task(weights={}).double(), task(weights={}, segment=segment).double()
-    (a, seen), (b, again) = whole.loss(*whole.encode(rows)), cut.loss(*cut.encode(rows))
+    options: dict[str, Any] = {
+        "weights": {},
+        "modalities": {"picture": {"name": picture, "order": "raster"}, "words": {"name": "text"}},
+        "backbone": BackboneConfig(dim=16, depth=2, mixers=mixers),
+        "linear_prediction": {"picture": [1, 4]} if picture == "image" else None,
+    }
+    whole, cut = task(**options).double(), task(**options, segment=segment, keep=keep).double()
+    orders = [BOTH[0], BOTH[1], BOTH[0]]
+    (a, seen), (b, again) = whole.loss(*whole.encode(rows, orders)), cut.loss(*cut.encode(rows, orders))
     torch.testing.assert_close(a, b)
     a.backward()
     b.backward()

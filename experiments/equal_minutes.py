@@ -1,0 +1,138 @@
+"""Equal CPU minutes for what is compared: what the experiments that train several forms of one recipe share.
+
+The CPU seconds of a training step are measured first (process time, so that what else runs on the machine hardly matters); a form trains as many steps as the minutes hold, its learning rate
+falling over them as the recipe says, and is tested with its last weights. One thread each, one after another. A row is kept when it is done: a command that was stopped goes on (``--json``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmlong.estimate.step import TrainingStep
+from mmlong.measure import budget
+
+Row = dict[str, Any]
+
+
+def given(options: Mapping[str, Any]) -> list[str]:
+    """Options as words of a command."""
+    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in options.items()]
+
+
+def step_seconds(task: Any, trainer: Mapping[str, Any], batches: Sequence[Any]) -> float:
+    """CPU seconds of one training step of this process's threads.
+
+    Args:
+        task: of the recipe; taken over.
+        trainer: the recipe's trainer options.
+        batches: that are trained on, in turn.
+    """
+    step = TrainingStep(task, {**trainer, "precision": None, "accumulate_grad_batches": 1})
+    return budget.step_seconds(step, itertools.islice(itertools.cycle(batches), budget.LEAST + 1))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of a run.
+
+    Attributes:
+        summary: its ``summary.json``.
+        row: what every table tells of it.
+    """
+
+    summary: dict[str, Any]
+    row: Row
+
+
+def fit(recipes: Sequence[str], options: Mapping[str, Any], seconds: float, minutes: float, seed: int, run: Path) -> Trained:  # fmt: skip
+    """Train as many steps as the minutes hold, and test. A run that is finished is not trained again.
+
+    Args:
+        recipes: one on top of the other.
+        options: beside them.
+        seconds: CPU seconds of a step.
+        minutes: CPU minutes of training.
+        seed: of the run.
+        run: its folder.
+    """
+    steps = budget.steps_within(minutes, seconds)
+    options = {**options, "trainer.max_steps": steps, "trainer.val_check_interval": steps, "seed_everything": seed}
+    command = ["fit", *(word for name in recipes for word in ("-c", name)), *given(options)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if not (run / "summary.json").is_file():
+        subprocess.run(
+            [sys.executable, "-m", "mmlong", *command, f"--run_dir={run}"],
+            check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=sys.stderr,
+        )  # fmt: skip
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    summary = json.loads((run / "summary.json").read_text())
+    row = {
+        "steps": summary["steps"], "step_seconds": round(seconds, 3), "minutes": minutes, "seed": seed,
+        "cpu_minutes": round((after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 60, 1),
+        "train_minutes": round(summary["train_seconds"] / 60, 1), "command": ["mmlong", *command],
+    }  # fmt: skip
+    return Trained(summary, row)
+
+
+def compare(
+    prog: str,
+    text: str,
+    forms: Mapping[str, Sequence[str]],
+    train: Callable[[str, str, argparse.Namespace, Path], Row],
+    table: Callable[[dict[str, list[Row]]], str],
+    argv: Sequence[str] | None = None,
+    minutes: float = 12.0,
+    more: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> int:
+    """The command line of a comparison.
+
+    Args:
+        prog: how it is called.
+        text: what it does.
+        forms: by subject, names of what is compared.
+        train: from subject, form, options and a run folder to a row, which has ``form``, ``minutes`` and ``seed``.
+        table: Markdown of all rows, by subject.
+        argv: words of the command.
+        minutes: of each, unless told.
+        more: adds options of its own.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=text)
+    parser.add_argument("names", nargs="+", metavar="NAME", choices=forms, help=", ".join(forms))
+    parser.add_argument("--forms", nargs="+", metavar="FORM", help="only these")
+    parser.add_argument("--minutes", type=float, default=minutes, help="CPU minutes of training for each")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runs", type=Path, default=Path("runs") / prog.rpartition(".")[2])
+    parser.add_argument("--json", type=Path, help="rows that are done are kept here, and not done again")
+    parser.add_argument("--markdown", type=Path, help="the table")
+    more(parser)
+    args = parser.parse_args(argv)
+    for name in args.names:
+        if unknown := [form for form in args.forms or () if form not in forms[name]]:
+            parser.error(f"{name} has no form {unknown[0]!r}; it has: {', '.join(forms[name])}")
+    torch.set_num_threads(1)
+    found: dict[str, list[Row]] = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    for name in args.names:
+        rows = found.setdefault(name, [])
+        for form in args.forms or forms[name]:
+            if any((row["form"], row["minutes"], row["seed"]) == (form, args.minutes, args.seed) for row in rows):
+                continue
+            run = args.runs / name / f"{form.replace(' ', '_')}-{args.minutes:g}-{args.seed}"
+            rows.append(train(name, form, args, run))
+            print(json.dumps(rows[-1]), flush=True)
+            if args.json:
+                args.json.write_text(json.dumps(found, indent=1) + "\n")
+    if args.markdown:
+        args.markdown.write_text(table(found))
+    return 0
