@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from mmlong.export import ExportError, JointGenerator, export_model, load
+from mmlong.export import Bounds, ExportError, JointGenerator, export_model, load
+from mmlong.export.joint_programs import joint_programs
+from mmlong.export.programs import Size
 from mmlong.generation import generate_spans
 from mmlong.heads import GREEDY
 from mmlong.models import JointModel, build_model
@@ -68,6 +70,26 @@ def speaks_as(model: JointModel, exported: JointGenerator, batch: int) -> None:
     assert torch.equal(nothing, generate_spans(model, ["words"], {"words": 5}, batch=batch, sampling=GREEDY)["words"])
 
 
+@pytest.mark.parametrize("mixer", ["attention", "mamba2"])
+@torch.no_grad()
+def test_programs_do_what_the_joint_model_does(mixer: str) -> None:
+    """Before they are traced: what each computes, in several sizes and behind a past, against the model's own forward of spans."""
+    model = joint(backbone={**CONFIG["backbone"], "mixers": [mixer]}).requires_grad_(False)
+    programs, begin = joint_programs(model, Bounds(2, 64), GREEDY)
+    assert [one.name for one in programs[:6]] == [f"picture.{what}" for what in ("read", "peek", "put", "encode", "decode", "sample")]  # fmt: skip
+    assert all(not t.numel() == 0 for t in begin.values())
+    for program in programs:
+        for size in (Size(1, 2, 0), Size(3, 5, 4)):
+            given = program.example(size)
+            found, wanted = program.module(*given), program.reference(*given)
+            found, wanted = ((t,) if isinstance(t, torch.Tensor) else t for t in (found, wanted))
+            assert len(found) == len(wanted) == len(program.outputs)
+            assert len(given) == len(program.inputs)
+            for ours, theirs in zip(found, wanted, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, check_dtype=False)
+
+
+@pytest.mark.slow
 def test_spans_go_on_in_another_modality(tmp_path: Path) -> None:
     model = joint()
     info = export_model(model, tmp_path / "out", sampling=GREEDY)
