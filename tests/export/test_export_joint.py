@@ -77,7 +77,7 @@ def test_programs_do_what_the_joint_model_does(mixer: str) -> None:
     model = joint(backbone={**CONFIG["backbone"], "mixers": [mixer]}).requires_grad_(False)
     programs, begin = joint_programs(model, Bounds(2, 64), GREEDY)
     assert [one.name for one in programs[:6]] == [f"picture.{what}" for what in ("read", "peek", "put", "encode", "decode", "sample")]  # fmt: skip
-    assert all(not t.numel() == 0 for t in begin.values())
+    assert all(t.numel() > 0 for t in begin.values())
     for program in programs:
         for size in (Size(1, 2, 0), Size(3, 5, 4)):
             given = program.example(size)
