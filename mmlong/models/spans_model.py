@@ -28,7 +28,7 @@ class SpansModel(Model):
     """
 
     parts = ("modalities", "backbone")
-    own_parts = ("heads", "orders")
+    own_parts: tuple[str, ...] = ("heads", "orders")
     voices: Any
     orders: list[list[str]]
 
