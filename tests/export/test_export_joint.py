@@ -70,11 +70,20 @@ def speaks_as(model: JointModel, exported: JointGenerator, batch: int) -> None:
     assert torch.equal(nothing, generate_spans(model, ["words"], {"words": 5}, batch=batch, sampling=GREEDY)["words"])
 
 
-@pytest.mark.parametrize("mixer", ["attention", "mamba2"])
+NUMBERS: dict[str, Any] = {
+    "modalities": {
+        **CONFIG["modalities"],
+        "picture": {"name": "image", "size": SIZE, "channels": 1, "order": "raster"},
+    },
+    "linear_prediction": {"picture": [1, 4]},
+}
+
+
+@pytest.mark.parametrize("changes", [{}, {"backbone": {**CONFIG["backbone"], "mixers": ["mamba2"]}}, NUMBERS], ids=["attention", "mamba2", "numbers"])  # fmt: skip
 @torch.no_grad()
-def test_programs_do_what_the_joint_model_does(mixer: str) -> None:
+def test_programs_do_what_the_joint_model_does(changes: dict[str, Any]) -> None:
     """Before they are traced: what each computes, in several sizes and behind a past, against the model's own forward of spans."""
-    model = joint(backbone={**CONFIG["backbone"], "mixers": [mixer]}).requires_grad_(False)
+    model = joint(**changes).requires_grad_(False)
     programs, begin = joint_programs(model, Bounds(2, 64), GREEDY)
     assert [one.name for one in programs[:6]] == [f"picture.{what}" for what in ("read", "peek", "put", "encode", "decode", "sample")]  # fmt: skip
     assert all(t.numel() > 0 for t in begin.values())
@@ -114,10 +123,7 @@ def test_spans_go_on_in_another_modality(tmp_path: Path) -> None:
     [
         {"backbone": {**CONFIG["backbone"], "mixers": ["mamba2"]}},
         {"backbone": {**CONFIG["backbone"], "mixers": [{"name": "local", "window": 4}]}},
-        {
-            "modalities": {**CONFIG["modalities"], "picture": {"name": "image", "size": SIZE, "channels": 1, "order": "raster"}},
-            "linear_prediction": {"picture": [1, 4]},
-        },
+        NUMBERS,
     ],
     ids=["mamba2", "local", "numbers"],
 )  # fmt: skip
