@@ -20,8 +20,9 @@ class ImageDataModule(PackedDataModule):
     """Images, with one label where they have any.
 
     Args:
-        dataset: ``"elpv"``, ``"mnist5k"`` or ``"photos"`` (packed on first use into ``root``), or the folder of a packed dataset.
+        dataset: a known one, packed on first use into ``root`` (``"elpv"``, ``"mnist5k"``, ``"photos"``, ``"photos-grey"``, ``"cifar10"``, ``"cifar10-grey"``), or the folder of a packed dataset.
         root: where known datasets are packed; `data_root` if not given.
+        source_path: the folder of a known dataset that comes in no package.
         size: pack a known dataset at this side instead of its own (each size has its own folder); of photos, the side of a crop.
         label: which label field; the dataset's default if not given.
         augment: changes to training images, see `mmlong.datamodules.augment`.
@@ -53,6 +54,7 @@ class ImageDataModule(PackedDataModule):
         on_bad: str = "stop",
         cache: bool = False,
         eval_batch_size: int | None = None,
+        source_path: str | None = None,
     ) -> None:
         known = KNOWN.get(dataset)
         if known is not None:
@@ -65,12 +67,13 @@ class ImageDataModule(PackedDataModule):
                 )
             folder = Path(dataset)
         super().__init__(dataset, folder, known, label, batch_size, num_workers, seed, reader, on_bad, eval_batch_size)
+        self.source_path = source_path
         self.augment = Augment(augment, seed)
         self.cache = cache
 
     def pack(self, progress: Progress) -> None:
         """Pack the known dataset at `side`."""
-        pack_known(self.dataset_name, self.folder, self.side, progress=progress)
+        pack_known(self.dataset_name, self.folder, self.side, self.source_path, progress=progress)
 
     def known_names(self) -> tuple[str, ...]:
         """Names of the image sources."""
@@ -98,9 +101,11 @@ class ImageDataModule(PackedDataModule):
         return self.known.channels if self.known is not None else int(self.dataset.manifest["image"]["channels"])
 
 
-def pack_known(name: str, out: str | Path, size: int | None = None, **options: object) -> PackedDataset:
+def pack_known(
+    name: str, out: str | Path, size: int | None = None, source_path: str | None = None, **options: object
+) -> PackedDataset:
     """Pack a known dataset at its own size (or another), channels and splits. Options as in `pack_images`."""
     known = KNOWN[name]
     settings: dict[str, object] = {"channels": known.channels, "splits": known.splits, **options}
     side = size or known.size
-    return pack_images(known.load((side, side)), out, size=side, **settings)  # type: ignore[arg-type]
+    return pack_images(known.read(name, side, source_path), out, size=side, **settings)  # type: ignore[arg-type]

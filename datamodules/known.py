@@ -18,6 +18,7 @@ MODULES: dict[str, str] = {
     "stdlib": "stdlib",
     "bible": "bible",
     "news": "news",
+    "imdb": "imdb",
     "listops": "listops",
     "listops-lra": "listops",
     "fsdd": "fsdd",

@@ -67,7 +67,8 @@ class Known:
     """What is true of a named source before it is read.
 
     Attributes:
-        load: reads it, to be packed at a (height, width); most have images of one size, and crops are made of that size.
+        load: reads it, to be packed at a (height, width); most have images of one size, and crops are made of that size. ``None`` where it comes in no package.
+        load_files: of a source that comes in no package: reads the folder that the user gives.
         labels: class names by label field, the default one first.
         size: height and width to pack at.
         channels: 1 or 3.
@@ -75,13 +76,36 @@ class Known:
         source, licence: for people to read.
     """
 
-    load: Callable[[tuple[int, int]], ImageSource]
     labels: Mapping[str, tuple[str, ...]]
     size: int
     channels: int
     splits: Mapping[str, float]
     source: str
     licence: str
+    load: Callable[[tuple[int, int]], ImageSource] | None = None
+    load_files: Callable[[str], ImageSource] | None = None
+
+    def read(self, name: str, side: int, given: str | None) -> ImageSource:
+        """The source, to be packed at a side.
+
+        Args:
+            name: what it is called.
+            side: height and width.
+            given: the user's folder, for a source that comes in no package.
+
+        Raises:
+            DataError: a folder is needed and not given, or given and not needed.
+        """
+        if self.load_files is not None:
+            if given is None:
+                raise DataError(
+                    name, f"comes in no package ({self.source}): give its folder, --data.source_path FOLDER"
+                )
+            return self.load_files(given)
+        if given is not None:
+            raise DataError(name, f"comes in a package ({self.source}) and takes no source_path")
+        assert self.load is not None
+        return self.load((side, side))
 
 
 def package_folder(module: str, package: str, install: str = 'pip install "mmlong[data]"') -> Path:

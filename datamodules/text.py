@@ -11,7 +11,7 @@ class TextDataModule(SequenceDataModule):
     """Bytes of text: batches of uint8 ``(B, T)``, every byte as it was in the file.
 
     The arguments are those of `SequenceDataModule`, counted in bytes; ``augment`` takes the changes of
-    `mmlong.datamodules.text_augment`. Known datasets are ``stdlib``, ``bible``, ``news`` and ``listops``.
+    `mmlong.datamodules.text_augment`. Known datasets are ``stdlib``, ``bible``, ``news``, ``listops`` and, from the user's folder, ``imdb``.
     """
 
     modality = "text"

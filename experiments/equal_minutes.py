@@ -7,7 +7,6 @@ falling over them as the recipe says, and is tested with its last weights. One t
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import resource
@@ -20,27 +19,10 @@ from typing import Any
 
 import torch
 
-from mmlong.estimate.step import TrainingStep
+from mmlong.cli.timing import given
 from mmlong.measure import budget
 
 Row = dict[str, Any]
-
-
-def given(options: Mapping[str, Any]) -> list[str]:
-    """Options as words of a command."""
-    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in options.items()]
-
-
-def step_seconds(task: Any, trainer: Mapping[str, Any], batches: Sequence[Any]) -> float:
-    """CPU seconds of one training step of this process's threads.
-
-    Args:
-        task: of the recipe; taken over.
-        trainer: the recipe's trainer options.
-        batches: that are trained on, in turn.
-    """
-    step = TrainingStep(task, {**trainer, "precision": None, "accumulate_grad_batches": 1})
-    return budget.step_seconds(step, itertools.islice(itertools.cycle(batches), budget.LEAST + 1))
 
 
 @dataclass(frozen=True)

@@ -9,43 +9,25 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mmlong.experiments import equal_minutes
-from mmlong.experiments.equal_minutes import Row, fit, given
+from mmlong.experiments.equal_minutes import Row, fit
 from mmlong.experiments.generation.__main__ import measure
 from mmlong.experiments.hierarchy.subjects import SUBJECTS
 
-from mmlong.cli.build import build, parse
 from mmlong.cli.recipes import load_recipes
-from mmlong.estimate.step import synthetic_batch
-from mmlong.models import AutoregressiveModel, Model, load_model
+from mmlong.cli.timing import step_seconds
+from mmlong.models import AutoregressiveModel, load_model
 
 PAST, DRAWN = 1024, 128
 """Random tokens that are read, and tokens that are then drawn one by one, to time generation."""
-
-
-def step_seconds(recipe: str, options: dict[str, Any]) -> tuple[float, int]:
-    """CPU seconds of one training step of this process's threads, and the model's parameters."""
-    config = load_recipes([recipe])
-    _, task = build(*parse(config, given(options)))
-    init = {
-        **config["data"]["init_args"],
-        **{key.removeprefix("data."): v for key, v in options.items() if key.startswith("data.")},
-    }
-    model: Model = task.model
-    length = model.modality.tokens_per_sample() or init["length"]
-    batch = synthetic_batch(task, init["batch_size"], length, init.get("windows") == "stream")
-    if not model.modality.initialised:
-        model.modality.initialise(batch["raw"])
-    return equal_minutes.step_seconds(task, config["trainer"], [batch]), model.num_parameters()
 
 
 def train(name: str, form: str, args: argparse.Namespace, run: Path) -> Row:
     """Measure a step, train as many as the minutes hold, test; what came of it."""
     subject = SUBJECTS[name]
     options = {**subject.shared, **subject.forms[form]}
-    seconds, parameters = step_seconds(subject.recipe, options)
+    seconds, parameters = step_seconds(load_recipes([subject.recipe]), options)
     trained = fit([subject.recipe], options, seconds, args.minutes, args.seed, run)
     model = load_model(run)
     codes = isinstance(model, AutoregressiveModel) and model.modality.codes == 256

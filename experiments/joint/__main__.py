@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from mmlong.experiments import equal_minutes
-from mmlong.experiments.equal_minutes import STEPS, Row, fit, given
+from mmlong.experiments.equal_minutes import Row, fit
 
 from mmlong.cli.build import build, parse
 from mmlong.cli.recipes import load_recipes
+from mmlong.cli.timing import given, task_seconds
+from mmlong.measure import budget
 
 SUBJECTS = {
     "digits_words": ("sound", "word"),
@@ -46,9 +48,9 @@ def step_seconds(recipes: Sequence[str], options: dict[str, Any]) -> tuple[float
     data.prepare_data()
     data.setup("fit")
     task.show_data(data)
-    batches = list(itertools.islice(iter(data.train_dataloader()), STEPS + 1))
+    batches = list(itertools.islice(iter(data.train_dataloader()), budget.LEAST + 1))
     data.teardown("fit")
-    return equal_minutes.step_seconds(task, config["trainer"], batches), task.model.num_parameters()
+    return task_seconds(task, config["trainer"], batches), task.model.num_parameters()
 
 
 def train(name: str, form: str, args: argparse.Namespace, run: Path) -> Row:

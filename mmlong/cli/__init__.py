@@ -38,6 +38,7 @@ look
   estimate   mmlong estimate -c text/stdlib_ar --length 1e9 --ranks 64    memory, FLOPs, traffic and time of a step before it is run
   mixers     what can mix tokens, and what each can do
   diagnose   mmlong diagnose mamba2 attention --json found.json   what a mechanism can do: recall, copying, state tracking
+  arena      mmlong arena 'lra/*' --mixers default attention   the Long Range Arena: one table, published numbers beside it
   doctor     versions, threads, and which backend each mixer takes on this machine
   demo       mmlong demo image/cells256                           a page on this machine to try a model on your own files
 
@@ -68,6 +69,7 @@ COMMANDS: dict[str, str] = {
     "mixers": "tables:run_mixers",
     "diagnose": "diagnose:run_diagnose",
     "sweep": "sweep:run_sweep",
+    "arena": "arena:run_arena",
     "doctor": "tables:run_doctor",
     "new-modality": "new_modality:run_new_modality",
 }

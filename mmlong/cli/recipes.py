@@ -70,9 +70,13 @@ def packaged() -> dict[str, Traversable]:
     return dict(sorted(found.items()))
 
 
+SIZES = (".debug", ".paper")
+"""Ends of the names of recipes that are no recipes of their own, but go on top of one."""
+
+
 def main_recipes() -> list[str]:
-    """Names of the packaged recipes without their ``.debug`` sizes."""
-    return [name for name in packaged() if not name.endswith(".debug")]
+    """Names of the packaged recipes without their other sizes."""
+    return [name for name in packaged() if not name.endswith(SIZES)]
 
 
 def load_recipe(name: str) -> tuple[str, dict[str, Any]]:

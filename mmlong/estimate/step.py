@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from mmlong.registry import nearest
-from mmlong.tasks import ClassifyTask, ContrastTask, MultiLabelTask, RegressTask, TagTask, Task
+from mmlong.tasks import ClassifyTask, ContrastTask, MatchTask, MultiLabelTask, RegressTask, TagTask, Task
 from mmlong.training.average import averaging
 from mmlong.training.optim import build_optimizer
 
@@ -31,7 +31,7 @@ def synthetic_batch(task: Task, batch: int, length: int | None, streamed: bool =
     Args:
         task: of the recipe.
         batch: rows, B.
-        length: of a row, along raw's last axis; only needed where the modality does not fix it.
+        length: of a row, along raw's last axis, of pairs of each of both; only needed where the modality does not fix it.
         streamed: rows are cut out of a stream of documents (they are full, and have ``resets``), not whole documents (uneven, with ``lengths``).
         seed: of the values.
 
@@ -42,6 +42,8 @@ def synthetic_batch(task: Task, batch: int, length: int | None, streamed: bool =
         ValueError: the length is not given, or below 1.
     """
     modality, draw = task.model.modality, torch.Generator().manual_seed(seed)
+    if isinstance(task, MatchTask):
+        return _pairs(task, batch, length, draw)
     fixed = modality.tokens_per_sample() is not None
     if not fixed and length is None:
         raise ValueError("the recipe's rows have no length of their own: give one")
@@ -56,6 +58,17 @@ def synthetic_batch(task: Task, batch: int, length: int | None, streamed: bool =
         made["resets"] = torch.rand(batch, raw.shape[-1], generator=draw) < 1e-3
     if getattr(task, "carry", False):
         made["continues"] = torch.ones(batch, dtype=torch.bool)
+    return made | _targets(task, made, draw)
+
+
+def _pairs(task: Task, batch: int, length: int | None, draw: torch.Generator) -> Batch:
+    """Rows of two sequences each; those of the first pair are full, the others lack a token."""
+    if length is None or length < 1 or batch < 1:
+        raise ValueError(f"pairs need a length of each sequence and rows, both at least 1; got {length} and {batch}")
+    raw, _, _ = task.model.modality.example(batch, 2 * length, draw)
+    each = torch.full((batch,), max(length - 1, 1))
+    each[0] = length
+    made: Batch = {"raw": raw, "index": torch.arange(batch), "second_at": each, "lengths": 2 * each}
     return made | _targets(task, made, draw)
 
 

@@ -7,6 +7,7 @@ from mmlong.heads.categorical import CategoricalHead
 from mmlong.heads.classify import ClassifyHead
 from mmlong.heads.contract import HEADS, Head, create_head, register_head
 from mmlong.heads.logistic_mixture import LogisticMixtureHead
+from mmlong.heads.match import MatchHead
 from mmlong.heads.multilabel import MultiLabelHead
 from mmlong.heads.project import ProjectHead
 from mmlong.heads.readout import ReadoutHead
@@ -22,6 +23,7 @@ __all__ = [
     "ClassifyHead",
     "Head",
     "LogisticMixtureHead",
+    "MatchHead",
     "MultiLabelHead",
     "ProjectHead",
     "ReadoutHead",

@@ -11,6 +11,7 @@ from mmlong.tasks.joint_contrast import JointContrastTask
 from mmlong.tasks.joint_masked import JointMaskedTask
 from mmlong.tasks.masked import MaskedTask
 from mmlong.tasks.masking import Masking
+from mmlong.tasks.match import MatchTask
 from mmlong.tasks.multilabel import MultiLabelTask
 from mmlong.tasks.regress import RegressTask
 from mmlong.tasks.tag import TagTask
@@ -25,6 +26,7 @@ __all__ = [
     "JointTask",
     "MaskedTask",
     "Masking",
+    "MatchTask",
     "MultiLabelTask",
     "RegressTask",
     "TagTask",

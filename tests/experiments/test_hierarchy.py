@@ -58,7 +58,8 @@ def test_the_command_trains_what_the_minutes_hold_and_goes_on(tmp_path: Path, mo
 
 def test_a_step_is_timed() -> None:
     seconds, parameters = hierarchy.step_seconds(
-        "audio/percussion", {"data.length": 256, "data.batch_size": 1, "model.backbone.dim": [32, 32, 32, 32]}
+        load_recipes(["audio/percussion"]),
+        {"data.length": 256, "data.batch_size": 1, "model.backbone.dim": [32, 32, 32, 32]},
     )
     assert seconds > 0
     assert parameters > 1000

@@ -1,0 +1,160 @@
+"""`mmlong arena`: the grid, what is kept, what goes on, what is refused; and one cell for real."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmlong.arena import TASKS, Results
+from mmlong.cli import arena_run
+from mmlong.cli.arena_run import train
+from mmlong.cli.errors import CommandError
+
+Call = Callable[..., tuple[int, str]]
+
+
+class Pretender:
+    """Stands for `mmlong fit`: leaves what a run leaves."""
+
+    def __init__(self, accuracy: float = 0.6, dies: bool = False) -> None:
+        self.accuracy, self.dies = accuracy, dies
+        self.ran: list[list[str]] = []
+
+    def __call__(self, words: list[str]) -> None:
+        self.ran.append(words)
+        folder = Path(next(w.partition("=")[2] for w in words if w.startswith(("--run_dir=", "--ckpt_path="))))
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text("recipe: x\n")
+        (folder / "checkpoints" / "last.ckpt").write_text("weights")
+        if self.dies:
+            raise RuntimeError("killed")
+        steps = int(next((w.partition("=")[2] for w in words if w.startswith("--trainer.max_steps=")), 12))
+        (folder / "metrics.csv").write_text(
+            f"epoch,step,val/accuracy\n0,{steps // 2 - 1},0.5\n0,{steps - 1},{self.accuracy}\n"
+        )
+        (folder / "summary.json").write_text(
+            json.dumps({"steps": steps, "test/accuracy": self.accuracy, "parameters": 9, "train_cpu_seconds": 1.5})
+        )
+
+
+@pytest.fixture
+def pretender(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pretender:
+    found = Pretender()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(arena_run, "call", found)
+    monkeypatch.setattr(arena_run, "step_seconds", lambda config, options: (0.5, 9))
+    return found
+
+
+def test_a_grid_is_trained_kept_and_gone_on_with(pretender: Pretender, mmlong: Call) -> None:
+    words = [
+        "arena",
+        "lra/pathfinder32",
+        "lra/listops",
+        "--mixers",
+        "default",
+        "s4d",
+        "--seeds",
+        "2",
+        "--minutes",
+        "3",
+        "--json",
+        "f.json",
+    ]
+    status, said = mmlong(*words, "--markdown", "t.md", "--plot", "p.png")
+    assert status == 0, said
+    assert len(pretender.ran) == 8
+    assert len({tuple(ran) for ran in pretender.ran}) == 8
+    assert all("--trainer.max_steps=360" in ran for ran in pretender.ran)  # 3 minutes of half seconds
+    assert "60.0" in Path("t.md").read_text()
+    assert Path("p.png").is_file()
+    cells = Results.load(Path("f.json")).cells.values()
+    assert {(c.steps, c.samples) for c in cells if c.task == "lra/pathfinder32"} == {(360, 360 * 32)}
+    assert [c.curve[-1][1] for c in cells] == [0.6] * 8
+    again, said = mmlong(*words)
+    assert again == 0
+    assert len(pretender.ran) == 8, "what is there is not trained again"
+    Path("f.json").unlink()
+    mmlong(*words)
+    assert len(pretender.ran) == 8, "runs that are over are read"
+    assert mmlong("arena", "--show", "--json", "f.json")[0] == 0
+
+
+def test_a_run_that_was_stopped_goes_on(pretender: Pretender, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {
+        "task": TASKS["lra/pathfinder32"], "mixer": "default", "size": "cpu", "seed": 1, "minutes": 1.0, "path": None, "root": tmp_path / "runs", "more": {},
+    }  # fmt: skip
+    pretender.dies = True
+    with pytest.raises(RuntimeError, match="killed"):
+        train(**arguments)
+    pretender.dies = False
+    assert train(**arguments).accuracy == 0.6
+    first, second = pretender.ran
+    assert first[:3] == ["fit", "-c", "lra/pathfinder32"]
+    folder = next(word for word in first if word.startswith("--run_dir=")).partition("=")[2]
+    assert second == ["fit", f"--ckpt_path={folder}"]
+    with pytest.raises(CommandError, match="begun with other options"):
+        train(**{**arguments, "more": {"data.batch_size": 3}})
+
+
+def test_a_cell_that_fails_is_told_and_tried_again(pretender: Pretender, mmlong: Call) -> None:
+    pretender.dies = True
+    status, said = mmlong("arena", "lra/image", "--minutes", "1", "--json", "f.json")
+    assert status == 1
+    assert "failed: lra/image, default, seed 0: killed" in said
+    pretender.dies = False
+    status, said = mmlong("arena", "lra/image", "--minutes", "1", "--json", "f.json")
+    assert status == 0, said
+
+
+def test_the_users_copy_is_named_to_the_recipe(pretender: Pretender, mmlong: Call, tmp_path: Path) -> None:
+    (tmp_path / "aclImdb").mkdir()
+    status, said = mmlong("arena", "lra/text", "--size", "paper", "--source", "lra/text=aclImdb", "--set", "trainer.accelerator=gpu", "--json", "f.json")  # fmt: skip
+    assert status == 0, said
+    (ran,) = pretender.ran
+    assert {
+        "--data.dataset=imdb",
+        "--data.source_path=aclImdb",
+        "--trainer.accelerator=gpu",
+        "--seed_everything=0",
+    } <= set(ran)
+    assert ran[1:5] == ["-c", "lra/text", "-c", "lra/text.paper"]
+    assert not any(word.startswith("--trainer.max_steps") for word in ran)
+    assert "60.0 " in said
+    assert "60.0*" not in said
+    (cell,) = Results.load(Path("f.json")).cells.values()
+    assert cell.data == TASKS["lra/text"].release
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "which tasks?"), (["lra/pathfindr32"], "did you mean 'lra/pathfinder32'"), (["lra/text", "--mixers", "mamba3x"], "is no mixer"),
+        (["lra/text", "--source", "lra/image=."], "not among the tasks"), (["lra/text", "--source", "lra/text=nowhere"], "is not there"),
+        (["lra/text", "--minutes", "3", "--size", "paper"], "--minutes is for --size cpu"), (["lra/text", "--seeds", "0"], "at least 1"),
+        (["lra/text", "--set", "x"], "NAME=VALUE"), (["--show"], "which results"), (["lra/text", "--mixers", "s4d:d_state"], "NAME:OPTION=VALUE"),
+    ],
+)  # fmt: skip
+def test_wrong_commands(words: list[str], said: str, pretender: Pretender, mmlong: Call) -> None:
+    status, told = mmlong("arena", *words)
+    assert status == 2
+    assert said in told
+    assert not pretender.ran
+
+
+@pytest.mark.slow
+def test_one_for_real(mmlong: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["arena", "lra/pathfinder32", "--size", "debug", "--mixers", "s4d", "--json", "f.json"]
+    status, said = mmlong(*words)
+    assert status == 0, said
+    (cell,) = Results.load(Path("f.json")).cells.values()
+    assert cell.steps == 8
+    assert cell.accuracy is not None
+    assert len(cell.curve) == 2
+    config = json.loads((tmp_path / "runs/arena/lra/pathfinder32/debug/s4d-0/config.json").read_text())
+    assert config["backbone"]["mixers"][1][1]["name"] == "s4d"
