@@ -16,6 +16,17 @@ from mmlong.datamodules.stdlib_pairs import StdlibPairs
 SMALL = {"train_count": 12, "val_count": 4, "test_count": 6}
 
 
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Eighty files of 1,200 bytes or more, no two stretches alike."""
+    folder = tmp_path_factory.mktemp("library")
+    for number in range(80):
+        (folder / f"file{number}.py").write_text(
+            "".join(f"x{number}_{line} = {line}\n" for line in range(100 + number))
+        )
+    return str(folder)
+
+
 @pytest.fixture
 def release(tmp_path: Path) -> Path:
     folder = tmp_path / "lra_release" / "tsv_data"
@@ -63,8 +74,8 @@ def test_the_release_when_it_is_wrong(release: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def pairs() -> StdlibPairs:
-    return StdlibPairs(500, 0, 200, 50, 50)
+def pairs(library: str) -> StdlibPairs:
+    return StdlibPairs(500, 0, 200, 50, 50, library)
 
 
 @given(st.sampled_from(["train", "val", "test"]), st.integers(0, 49))
@@ -74,11 +85,13 @@ def test_the_stand_in(pairs: StdlibPairs, split: str, place: int) -> None:
     homes = [{n for n, data in enumerate(pairs.files[split]) if text in data} for text in (first, second)]
     assert all(homes)
     label = pairs.split(split).labels["related"][place]
+    assert all(len(home) == 1 for home in homes)
     if label:
-        assert homes[0] & homes[1]
-        data = pairs.files[split][min(homes[0] & homes[1])]
-        assert abs(data.find(first) - data.rfind(second)) >= 500 or data.count(first) + data.count(second) > 2
-    elif len(homes[0]) == len(homes[1]) == 1:
+        assert homes[0] == homes[1]
+        (home,) = homes[0]
+        data = pairs.files[split][home]
+        assert abs(data.find(first) - data.find(second)) >= 500
+    else:
         assert homes[0] != homes[1]
     assert pairs.pair(split, place) == (first, second)
 
@@ -89,11 +102,11 @@ def test_no_file_is_in_two_splits(pairs: StdlibPairs) -> None:
     assert not set(pairs.files["val"]) & set(pairs.files["test"])
 
 
-def test_halves_are_even_and_pairs_do_not_depend_on_how_many(pairs: StdlibPairs) -> None:
+def test_halves_are_even_and_pairs_do_not_depend_on_how_many(pairs: StdlibPairs, library: str) -> None:
     assert [int(pairs.split(s).labels["related"].sum()) for s in pairs.splits] == [100, 25, 25]
-    fewer = StdlibPairs(500, 0, 20, 10, 10)
+    fewer = StdlibPairs(500, 0, 20, 10, 10, library)
     assert [fewer.pair("train", i) for i in range(20)] == [pairs.pair("train", i) for i in range(20)]
-    assert StdlibPairs(500, 1, 20, 10, 10).pair("train", 0) != pairs.pair("train", 0)
+    assert StdlibPairs(500, 1, 20, 10, 10, library).pair("train", 0) != pairs.pair("train", 0)
 
 
 def test_files_that_are_too_short(tmp_path: Path) -> None:
@@ -102,9 +115,9 @@ def test_files_that_are_too_short(tmp_path: Path) -> None:
         StdlibPairs(500, folder=str(tmp_path))
 
 
-def test_a_position_is_kept() -> None:
+def test_a_position_is_kept(library: str) -> None:
     def data(length: int = 100) -> DocumentPairDataModule:
-        return DocumentPairDataModule(length=length, options=SMALL, batch_size=4)
+        return DocumentPairDataModule(length=length, options={**SMALL, "folder": library}, batch_size=4)
 
     module = data()
     seen = [batch["index"] for _, batch in zip(range(2), module.train_dataloader(), strict=False)]
