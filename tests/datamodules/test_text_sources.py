@@ -111,7 +111,17 @@ def test_missing_and_altered_packages(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_known_sources() -> None:
-    assert known_names("text") == ("stdlib", "bible", "news", "listops", "listops-lra", "enwik8", "text8", "pg19")
+    assert known_names("text") == (
+        "stdlib",
+        "bible",
+        "news",
+        "imdb",
+        "listops",
+        "listops-lra",
+        "enwik8",
+        "text8",
+        "pg19",
+    )
     with pytest.raises(DataError, match="is no known source; there are stdlib, bible"):
         known_sequences("stdlb")
 
