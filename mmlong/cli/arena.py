@@ -139,9 +139,9 @@ def _train_all(options: argparse.Namespace, results: Any, console: Console) -> N
     sources = _named(options.source, "--source")
     if unknown := set(sources) - {task.name for task in tasks}:
         raise CommandError(f"--source names {sorted(unknown)[0]!r}, which is not among the tasks to run")
-    for path in sources.values():
-        if not Path(path).exists():
-            raise CommandError(f"--source: {path} is not there")
+    for given in sources.values():
+        if not Path(given).exists():
+            raise CommandError(f"--source: {given} is not there")
     more = {key: yaml.safe_load(value) for key, value in _named(options.set, "--set").items()}
     torch.set_num_threads(options.threads)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of the processes that train
