@@ -38,6 +38,7 @@ class Cell:
         curve: (step, validation accuracy).
         command: that trained it.
         failed: why, in a line; empty where it did not.
+        options: further options of the training, ``KEY=VALUE``.
     """
 
     task: str
@@ -54,11 +55,18 @@ class Cell:
     curve: tuple[tuple[int, float], ...] = ()
     command: tuple[str, ...] = ()
     failed: str = ""
+    options: tuple[str, ...] = ()
 
     @property
-    def key(self) -> tuple[str, str, str, int, str, float]:
+    def key(self) -> tuple[str, str, str, int, str, float, tuple[str, ...]]:
         """What makes it the same cell."""
-        return self.task, self.mixer, self.size, self.seed, self.data, self.minutes
+        return self.task, self.mixer, self.size, self.seed, self.data, self.minutes, self.options
+
+    @property
+    def row(self) -> tuple[str, str]:
+        """The mixer, and how it was trained, in words: its row of the table."""
+        budget = f"{self.size}, {self.minutes:g} min" if self.minutes else self.size
+        return self.mixer, ", ".join([budget, *self.options])
 
 
 @dataclass
@@ -97,7 +105,7 @@ class Results:
             if content["format"] != FORMAT:
                 raise BadResultsError(f"{path} has format {content['format']}; this reads {FORMAT}")
             made = [
-                Cell(**{**cell, "curve": tuple((int(s), float(a)) for s, a in cell["curve"]), "command": tuple(cell["command"])})
+                Cell(**{**cell, "curve": tuple((int(s), float(a)) for s, a in cell["curve"]), "command": tuple(cell["command"]), "options": tuple(cell["options"])})
                 for cell in content["cells"]
             ]  # fmt: skip
             return cls({cell.key: cell for cell in made}, dict(content["machine"]))
@@ -113,13 +121,13 @@ class Results:
         there = {cell.task for cell in self.cells.values()}
         return [name for name in TASKS if name in there]
 
-    def rows(self) -> list[tuple[str, str, float]]:
-        """Mixer, size and minutes of the rows, in order."""
-        return list(dict.fromkeys((cell.mixer, cell.size, cell.minutes) for cell in self.cells.values()))
+    def rows(self) -> list[tuple[str, str]]:
+        """Rows of the table, in order."""
+        return list(dict.fromkeys(cell.row for cell in self.cells.values()))
 
-    def of(self, task: str, row: tuple[str, str, float]) -> list[Cell]:
+    def of(self, task: str, row: tuple[str, str]) -> list[Cell]:
         """The cells of a task in a row: its seeds."""
-        return [c for c in self.cells.values() if c.task == task and (c.mixer, c.size, c.minutes) == row]
+        return [cell for cell in self.cells.values() if cell.task == task and cell.row == row]
 
 
 def told(cells: list[Cell]) -> str:
@@ -143,17 +151,16 @@ def _lines(results: Results, published: bool) -> tuple[list[str], list[list[str]
     tasks = results.tasks()
     head = ["mixer", "size", *(TASKS[name].key for name in tasks)]
     rows = []
-    for mixer, size, minutes in results.rows():
-        budget = f"{size}, {minutes:g} min" if minutes else size
-        rows.append([mixer, budget, *(told(results.of(task, (mixer, size, minutes))) for task in tasks)])
+    for row in results.rows():
+        rows.append([*row, *(told(results.of(task, row)) for task in tasks)])
     if rows:
         rows.append(["chance", "", *(f"{100 * TASKS[name].chance:.0f}" for name in tasks)])
     if published:
-        for row in PUBLISHED:
-            values = [row.accuracy.get(TASKS[name].key) for name in tasks]
+        for known in PUBLISHED:
+            values = [known.accuracy.get(TASKS[name].key) for name in tasks]
             if any(value is not None for value in values):
                 shown = ["" if v is None else v if isinstance(v, str) else f"{v:.2f}" for v in values]
-                rows.append([row.system, f"published: {row.source}", *shown])
+                rows.append([known.system, f"published: {known.source}", *shown])
     return head, rows
 
 

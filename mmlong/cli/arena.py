@@ -132,7 +132,7 @@ def _train_all(options: argparse.Namespace, results: Any, console: Console) -> N
     import yaml
 
     from mmlong.arena import Cell
-    from mmlong.cli.arena_run import mixer_name, train
+    from mmlong.cli.arena_run import mixer_name, told, train
     from mmlong.measure.machine import describe
 
     tasks, mixers = _tasks(options.tasks), _mixers(options.mixers)
@@ -152,7 +152,8 @@ def _train_all(options: argparse.Namespace, results: Any, console: Console) -> N
             for seed in range(options.seeds):
                 path = sources.get(task.name)
                 empty = Cell(
-                    task.name, mixer_name(mixer), options.size, seed, task.data if path is None else task.release, minutes
+                    task.name, mixer_name(mixer), options.size, seed, task.data if path is None else task.release, minutes,
+                    options=told(more),
                 )  # fmt: skip
                 there = results.cells.get(empty.key)
                 if there is not None and not there.failed:

@@ -64,6 +64,11 @@ def run_folder(root: Path, task: ArenaTask, mixer: Any, size: str, seed: int, mi
     return root / task.name / size / f"{re.sub(r'[^A-Za-z0-9_.=-]+', '_', mixer_name(mixer))}{budget}{mine}-{seed}"
 
 
+def told(more: dict[str, Any]) -> tuple[str, ...]:
+    """Further options as a cell keeps them."""
+    return tuple(sorted(word.removeprefix("--") for word in given(more)))
+
+
 def call(words: list[str]) -> None:
     """Run ``mmlong`` in a process of its own, what it says to standard error.
 
@@ -108,7 +113,7 @@ def train(
         accuracy=summary.get("test/accuracy"), steps=summary["steps"], samples=summary["steps"] * plan["batch_size"],
         parameters=summary["parameters"], cpu_seconds=summary.get("train_cpu_seconds") or 0.0,
         curve=tuple((int(step), float(value)) for step, value in zip(steps, accuracies, strict=True)),
-        command=("mmlong", *command),
+        command=("mmlong", *command), options=told(more),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import pytest
 from mmlong.arena import PUBLISHED, SIZES, TASKS, BadResultsError, Cell, Results, markdown, plot, swap_mixer, table
 from mmlong.backbone import Backbone, BackboneConfig
 from mmlong.cli.recipes import load_recipes
+from mmlong.cli.train import check_config
 from mmlong.mixers import MIXERS
 
 
@@ -20,6 +21,7 @@ def test_all_eight_at_every_size() -> None:
         for size in SIZES:
             config = load_recipes(task.recipes(size))
             assert config["recipe"] == task.name + ("" if size == "cpu" else f".{size}")
+            check_config(config, [], task.name)
             Backbone(BackboneConfig(**config["model"]["init_args"]["backbone"]))
 
 
@@ -110,10 +112,12 @@ def test_the_table() -> None:
     results.add(cell(task="lra/text", data=TASKS["lra/text"].data, accuracy=0.91))
     results.add(cell(task="lra/text", mixer="s4d", data=TASKS["lra/text"].release, accuracy=0.6))
     results.add(cell(mixer="s4d", accuracy=None, failed="no memory"))
+    results.add(cell(accuracy=0.5, options=("data.batch_size=3",)))
     lines = [[part.strip() for part in line.strip("|").split("|")] for line in markdown(results).splitlines()]
     assert lines[0] == ["mixer", "size", "text", "pathfinder32"]
     assert ["mamba2", "cpu, 20 min", "91.0*", "75.0 ±5.0"] in lines
     assert ["s4d", "cpu, 20 min", "60.0", "failed"] in lines
+    assert ["mamba2", "cpu, 20 min, data.batch_size=3", "-", "50.0"] in lines, "other options are another row"
     assert ["chance", "", "50", "50"] in lines
     assert ["Transformer", "published: Tay et al. 2021", "64.27", "71.40"] in lines
     assert "Tay et al." not in markdown(results, published=False)

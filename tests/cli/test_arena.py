@@ -81,6 +81,10 @@ def test_a_grid_is_trained_kept_and_gone_on_with(pretender: Pretender, mmlong: C
     Path("f.json").unlink()
     mmlong(*words)
     assert len(pretender.ran) == 8, "runs that are over are read"
+    status, said = mmlong(*words[:2], *words[3:], "--set", "data.batch_size=3", "--runs", "other")
+    assert status == 0, said
+    assert len(pretender.ran) == 12, "with other options they are other cells"
+    assert all("--data.batch_size=3" in ran for ran in pretender.ran[8:])
     assert mmlong("arena", "--show", "--json", "f.json")[0] == 0
 
 
