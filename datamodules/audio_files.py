@@ -183,11 +183,11 @@ def conform(sound: Sound, storage: Storage, name: str | Path) -> np.ndarray:
     wave = sound.wave
     if sound.rate != storage.rate and not storage.resample:
         raise BadSampleError(
-            name, f"is at {sound.rate:,} Hz and {storage.rate:,} Hz is due; ask for resampling, or convert it first"
+            name, f"is at {sound.rate:,} Hz and {storage.rate:,} Hz is due; ask for resampling (--resample), or convert it first"
         )  # fmt: skip
     if len(wave) != storage.channels:
         if storage.channels != 1 or not storage.mix:
-            raise BadSampleError(name, f"has {len(wave)} channels and {storage.channels} are due; ask for mixing to mono, or convert it first")  # fmt: skip
+            raise BadSampleError(name, f"has {len(wave)} channels and {storage.channels} are due; ask for mixing to mono (--mono), or convert it first")  # fmt: skip
         wave = wave.mean(0, keepdims=True)
     peak = float(np.abs(wave).max())
     if peak > 1 and storage.subtype == "PCM_16":

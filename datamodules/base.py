@@ -64,11 +64,13 @@ class PackedDataModule(pl.LightningDataModule):
     Attributes:
         modality: what the dataset must hold.
         packs: what `mmlong pack` calls the usual input of it, where that is not the modality's name.
+        of_dataset: options that speak of the dataset that is named, and not of whichever is read: a recipe's are left out where the command line names another one.
         skipped: ``"file [member]: reason"`` of every sample skipped so far, by what was said of it, with how often.
     """
 
     modality: str = ""
     packs: str = ""
+    of_dataset: tuple[str, ...] = ("label",)
 
     def __init__(
         self,

@@ -10,13 +10,16 @@ from .pixels import SUFFIXES, open_image
 from .sources import ImageSource, Item
 
 
-def folder_source(folder: str | Path, labels: str | Path | None = None, licence: str = "not stated") -> ImageSource:
+def folder_source(
+    folder: str | Path, labels: str | Path | None = None, licence: str = "not stated", labelled: bool = True
+) -> ImageSource:
     """List the images of a folder.
 
     Args:
         folder: where they are.
         labels: the table, if the folders are not the classes.
         licence: to be shown with the dataset.
+        labelled: false: every image in the folder and below, whatever folder it is in, and no labels but a table's.
 
     Returns:
         The source; rows of a table that could not be taken are its faults.
@@ -24,13 +27,15 @@ def folder_source(folder: str | Path, labels: str | Path | None = None, licence:
     Raises:
         DataError: no images, or an image beside the class folders.
     """
-    listing = list_files(folder, labels, SUFFIXES, "images")
+    listing = list_files(folder, labels, SUFFIXES, "images", labelled)
     folder = Path(folder)
     number = class_numbers(listing.files, labels or folder)
     items = [
-        Item(row.file.relative_to(folder).as_posix(), {"label": number[row.label]}, partial(open_image, row.file), row.extra, row.split)
+        Item(row.file.relative_to(folder).as_posix(), {"label": number[row.label]} if row.label else {}, partial(open_image, row.file),
+             row.extra, row.split)
         for row in listing.files
     ]  # fmt: skip
     return ImageSource(
-        folder.resolve().name, str(folder), licence, {"label": tuple(number)}, "label", items, listing.faults
-    )
+        folder.resolve().name, str(folder), licence, {"label": tuple(number)} if number else {}, "label" if number else None, items,
+        listing.faults,
+    )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 from .augment import Augment
 from .base import PackedDataModule, Progress
 from .image_samples import ImageSamples
-from .known import data_root
+from .known import data_root, is_known
 from .known_images import KNOWN
 from .pack import pack_images
 from .packed import PackedDataset
@@ -38,6 +38,7 @@ class ImageDataModule(PackedDataModule):
     """
 
     modality = "image"
+    of_dataset = ("label", "size")
     known: Known | None
 
     def __init__(
@@ -56,7 +57,7 @@ class ImageDataModule(PackedDataModule):
         eval_batch_size: int | None = None,
         source_path: str | None = None,
     ) -> None:
-        known = KNOWN.get(dataset)
+        known = KNOWN[dataset] if is_known(dataset, KNOWN) else None
         if known is not None:
             self.side = size or known.size
             folder = Path(root if root is not None else data_root()) / f"{dataset}-{self.side}"

@@ -7,6 +7,7 @@ source is asked for.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from importlib import import_module
 from pathlib import Path
 
@@ -53,6 +54,21 @@ def known_sequences(name: str) -> KnownSequences:
         raise DataError(name, f"is no known source; there are {', '.join(MODULES)}")
     known = import_module(f"{__package__}.{MODULES[name]}").KNOWN
     return known[name] if isinstance(known, dict) else known
+
+
+def is_known(dataset: str, known: Collection[str]) -> bool:
+    """Whether what was named as a dataset is a known source, and not a folder.
+
+    Raises:
+        ValueError: it is the name of both: nobody's own pictures are to be taken for those of an installed package.
+    """
+    if dataset not in known:
+        return False
+    if Path(dataset).is_dir():
+        raise ValueError(
+            f"{dataset} is a known dataset, and there is a folder of this name here: ./{dataset} means the folder; to mean the known one, rename the folder"
+        )
+    return True
 
 
 def data_root() -> Path:

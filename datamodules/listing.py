@@ -1,7 +1,7 @@
 """Which files of a folder belong to a dataset, and what is said of each: from its sub-folders, or from a table.
 
 ``IN/cat/1.jpg`` is a ``cat``. If the sub-folders of ``IN`` are ``train`` and any of ``val``, ``test``, these are the splits and
-the classes are inside them; a split that has no folder is taken from ``train``.
+the classes are inside them; a split that has no folder is taken from ``train``. Names that begin with a dot are no data.
 
 A table is a CSV with a header row, or a JSONL with an object a line. Its columns: ``file`` (or ``file_name``), relative to ``IN``; ``label``; ``split``,
 if it says; any further one is carried into the sample's JSON.
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,8 @@ from typing import Any, NamedTuple
 from .errors import DataError
 
 SPLITS = ("train", "val", "test")
+
+log = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
@@ -76,6 +80,8 @@ def list_files(
         listing = _from_table(folder, Path(labels), labelled)
     else:
         listing = _from_folders(folder, suffixes, what, labelled)
+        if listing.files:
+            _tell_others(folder, suffixes, what)
     if not listing.files and not listing.faults:
         kinds = f" ({', '.join(sorted(suffixes))})" if suffixes else ""
         raise DataError(folder if labels is None else labels, f"no {what} in it{kinds}")
@@ -83,7 +89,7 @@ def list_files(
 
 
 def _from_folders(folder: Path, suffixes: Collection[str], what: str, labelled: bool) -> Listing:
-    tops = {path.name for path in folder.iterdir() if path.is_dir()}
+    tops = {path.name for path in folder.iterdir() if path.is_dir() and not _hidden(path)}
     parts: list[tuple[Path, str | None]] = [(folder, None)]
     if "train" in tops and tops <= set(SPLITS):
         parts = [(folder / split, None if split == "train" else split) for split in sorted(tops)]
@@ -95,19 +101,41 @@ def _from_folders(folder: Path, suffixes: Collection[str], what: str, labelled: 
         if loose := sorted(path.name for path in part.iterdir() if path.is_file() and _counts(path, suffixes)):
             raise DataError(
                 part / loose[0], f"has no label: {what} lie in one sub-folder a class, or a table names their labels "
-                f"(--labels){'' if what == 'images' else ', or they have none (--unlabelled)'}; {len(loose)} of this folder's do not"
+                f"(--labels), or they have none (--unlabelled); {len(loose)} of this folder's do not"
             )  # fmt: skip
-        for top in sorted(path for path in part.iterdir() if path.is_dir()):
+        for top in sorted(path for path in part.iterdir() if path.is_dir() and not _hidden(path)):
             listing.files += [Row(file, top.name, split) for file in _below(top, suffixes)]
     return listing
 
 
+def _hidden(path: Path) -> bool:
+    """What systems leave beside files: .DS_Store, ._photo.jpg, .ipynb_checkpoints."""
+    return path.name.startswith(".")
+
+
 def _counts(file: Path, suffixes: Collection[str]) -> bool:
-    return not suffixes or file.suffix.lower() in suffixes
+    return not _hidden(file) and (not suffixes or file.suffix.lower() in suffixes)
 
 
 def _below(folder: Path, suffixes: Collection[str]) -> list[Path]:
-    return [file for file in sorted(folder.rglob("*")) if file.is_file() and _counts(file, suffixes)]
+    return [file for file in _visible(folder) if _counts(file, suffixes)]
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Every file of a folder and below, without what is hidden or in a hidden folder."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+
+
+def _tell_others(folder: Path, suffixes: Collection[str], what: str) -> None:
+    """Say which files are not taken because of what they are called: a format that is not read is easily overlooked."""
+    others = Counter(path.suffix.lower() or path.name for path in _visible(folder) if not _counts(path, suffixes))
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(8))
+        log.warning("%s: %d files are left aside, no %s by their names: %s", folder, others.total(), what, kinds)
 
 
 def table_rows(table: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:

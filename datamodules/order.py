@@ -49,7 +49,7 @@ def steps_per_epoch(samples: int, batch: int) -> int:
         raise ValueError(f"a global batch of {batch} samples")
     if samples < batch:
         raise ValueError(
-            f"{samples} training samples do not fill one global batch of {batch} (batch size x ranks); lower batch_size"
+            f"{samples} training samples do not fill one global batch of {batch} (batch size x ranks); lower data.batch_size, so that it is at most {samples}"
         )
     return samples // batch
 

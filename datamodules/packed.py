@@ -41,7 +41,11 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise BadShardError(folder, f"is not a packed dataset (no {MANIFEST}); make one with `mmlong pack`")
+        if Path(folder).is_dir() and any(Path(folder).iterdir()):
+            do = f"files of your own become one by `mmlong pack KIND {folder} OUT`, and OUT is what is to be named"
+        else:
+            do = "`mmlong pack KIND IN OUT` makes one (KIND: image, audio, text, ...)"
+        raise BadShardError(folder, f"is not a packed dataset (no {MANIFEST}); {do}")
     try:
         manifest = json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

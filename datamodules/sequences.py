@@ -15,7 +15,7 @@ import numpy as np
 from .augment import Augment, Change
 from .base import PackedDataModule, Progress
 from .codecs import Codec
-from .known import MODULES, data_root, known_names, known_sequences
+from .known import MODULES, data_root, is_known, known_names, known_sequences
 from .pack_sequences import pack_known_sequences
 from .records import KnownSequences
 from .sequence_samples import SequenceSamples, document_lengths
@@ -54,6 +54,7 @@ class SequenceDataModule(PackedDataModule):
         ValueError: an argument makes no sense.
     """
 
+    of_dataset = ("label", "source_path")
     known: KnownSequences | None
     changes: Mapping[str, tuple[Change, float]] = {}
 
@@ -88,7 +89,7 @@ class SequenceDataModule(PackedDataModule):
             raise ValueError("the reader 'streaming' gives whole documents; for windows: stream take reader: indexed")
         if carry and windows != "stream":
             raise ValueError("carry: true is for rows that go on, one behind another: set windows: stream")
-        known = known_sequences(dataset) if dataset in MODULES else None
+        known = known_sequences(dataset) if is_known(dataset, MODULES) else None
         if known is not None and known.modality != self.modality:
             raise ValueError(f"{dataset} is {known.modality}; {type(self).__name__} reads {self.modality}")
         folder = Path(dataset)

@@ -54,7 +54,7 @@ def sound_folder(
         licence: to be shown with the dataset.
 
     Returns:
-        The source. Files that cannot be opened, or differ from the first in what is not converted, are its faults.
+        The source. Files that cannot be opened, or differ from most in what is not converted, are its faults.
 
     Raises:
         DataError: no sounds, or labels that do not fit; see `mmlong.datamodules.listing`.
@@ -94,27 +94,40 @@ def _speech_commands(folder: Path, rows: Sequence[Row]) -> list[Row]:
 def common_storage(
     files: Iterable[Path], rate: int | None, mono: bool, subtype: str
 ) -> tuple[Storage, dict[Path, DataError]]:
-    """How files are stored, from their headers alone, and which of them cannot be: those that cannot be opened or differ from the first.
+    """How files are stored, from their headers alone, and which of them cannot be: those that cannot be opened, or differ from most in what is not converted.
 
     Raises:
         BadSampleError: none of them can be opened.
     """
-    first: tuple[Path, int, int] | None = None
-    odd: dict[Path, DataError] = {}
+    found: dict[Path, tuple[int, int] | BadSampleError] = {}
     for file in files:
         try:
-            found, channels = survey(file, file)
+            found[file] = survey(file, file)
         except BadSampleError as error:
-            odd[file] = error
-            continue
-        first = first or (file, found, channels)
-        if rate is None and found != first[1]:
-            odd[file] = BadSampleError(file, f"is at {found:,} Hz and {first[0]} at {first[1]:,} Hz; give a --rate to resample all of them to")  # fmt: skip
-        elif not mono and channels != first[2]:
-            odd[file] = BadSampleError(file, f"has {channels} channels and {first[0]} has {first[2]}; mix all of them with --mono")  # fmt: skip
-    if first is None:
+            found[file] = error
+    rates: dict[int, list[Path]] = {}
+    counts: dict[int, list[Path]] = {}
+    for file, said in found.items():
+        if not isinstance(said, BadSampleError):
+            rates.setdefault(said[0], []).append(file)
+            counts.setdefault(said[1], []).append(file)
+    odd: dict[Path, DataError] = {file: said for file, said in found.items() if isinstance(said, BadSampleError)}
+    if not rates:
         raise next(iter(odd.values()))
-    return Storage(rate or first[1], 1 if mono else first[2], subtype, resample=rate is not None, mix=mono), odd
+    most, channels = max(rates, key=lambda each: len(rates[each])), max(counts, key=lambda each: len(counts[each]))
+    for file, said in found.items():
+        if isinstance(said, BadSampleError):
+            continue
+        if rate is None and said[0] != most:
+            odd[file] = BadSampleError(file, f"is at {said[0]:,} Hz and {_such(rates[most])} at {most:,} Hz; give a --rate to resample all of them to")  # fmt: skip
+        elif not mono and said[1] != channels:
+            odd[file] = BadSampleError(file, f"has {said[1]} channels and {_such(counts[channels])} has {channels}; mix all of them with --mono")  # fmt: skip
+    return Storage(rate or most, 1 if mono else channels, subtype, resample=rate is not None, mix=mono), odd
+
+
+def _such(files: Sequence[Path]) -> str:
+    """The first of several files, and how many there are."""
+    return str(files[0]) if len(files) == 1 else f"{files[0]} (with {len(files) - 1} others)"
 
 
 def torchaudio_source(

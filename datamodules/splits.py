@@ -121,6 +121,9 @@ def _stratified(units: Sequence[Sequence[Named]], count: int) -> set[int]:
     exact = {labels: count * weight / total for labels, weight in weights.items()}
     shares = {labels: int(share) for labels, share in exact.items()}
     by_remainder = sorted(exact, key=lambda labels: (shares[labels] - exact[labels], labels))
+    # The last sample of a class is held out only where nothing else is left: what is never trained on cannot be tested either.
+    spare = {labels: weight - min(len(units[place]) for place in strata[labels]) for labels, weight in weights.items()}
+    by_remainder.sort(key=lambda labels: shares[labels] + 1 > spare[labels])
     for labels in by_remainder[: count - sum(shares.values())]:
         shares[labels] += 1
     taken: set[int] = set()

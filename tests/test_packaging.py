@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import sysconfig
 import tomllib
 import venv
@@ -29,27 +28,6 @@ def tree() -> set[str]:
             if "__pycache__" not in path.parts and (path.suffix == ".py" or data):
                 found.add((Path(MAPPED.get(folder, folder)) / inside).as_posix())
     return found
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
-    # A copy, so that no build folder appears in the checkout; without isolation, so that nothing is downloaded.
-    source = out / "source"
-    names = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    for name in names.stdout.splitlines():
-        if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    pytest.importorskip("setuptools", "77", reason="building a wheel needs setuptools>=77")
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)],
-        check=True,
-        capture_output=True,
-    )
-    return next(out.glob("*.whl"))
 
 
 def test_packages_are_listed() -> None:

@@ -21,6 +21,7 @@ train and use (recipes by name or file; several -c are merged, the later wins; a
   sweep      mmlong sweep -c image/mnist784 --grid model.optim.lr=1e-3,3e-3 --minutes 10   every combination, resumable; the best
   generate   mmlong generate text/stdlib_ar --prompt 'import ' --stream   (also images, sounds, DNA)
   score      mmlong score text/stdlib_ar FILE                     bits a byte of a file of any length
+  classify   mmlong classify image/cells256 photo.png --fit crop  what a trained model says of files of your own
   knn        mmlong knn build text/stdlib_ar --out STORE          what followed the nearest contexts (kNN-LM); also evaluate, neighbours
   export     mmlong export image/cells256                         programs that run without mmlong (torch, AOTInductor, ONNX)
   save       mmlong save image/cells256 FOLDER                    weights and a model card, to keep or give away
@@ -55,6 +56,7 @@ COMMANDS: dict[str, str] = {
     **dict.fromkeys(TRAINING, "train:run_training"),
     "generate": "generate:run_generate",
     "score": "generate:run_score",
+    "classify": "classify:run_classify",
     "knn": "knn:run_knn",
     "export": "export:run_export",
     "save": "save:run_save",

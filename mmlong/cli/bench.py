@@ -81,7 +81,7 @@ def run_bench(argv: list[str]) -> int:
         raise CommandError(f"--seconds {options.seconds}: for how long? Give a positive number")
     consumed = None if options.run is None else _consumed(options.run)
     hush()
-    config = load_recipes(names)
+    config = load_recipes(names, overrides)
     check_config(config, overrides, " + ".join(names))
 
     from mmlong.datamodules.errors import DataError

@@ -241,7 +241,7 @@ def recipe_model(names: list[str], overrides: list[str], batch: int | None, leng
     from mmlong.datamodules.errors import DataError
 
     hush()
-    config = load_recipes(names)
+    config = load_recipes(names, overrides)
     check_config(config, overrides, " + ".join(names))
     try:
         parser, parsed = parse(config, overrides)

@@ -74,7 +74,7 @@ def build_page(gradio: Any, model: Any, folder: Path) -> Any:
         if isinstance(model, AutoregressiveModel):
             _continue(gradio, model)
         elif predicts(model):
-            _predict(gradio, model, folder)
+            _predict(gradio, model)
         else:
             raise CommandError(
                 f"{folder} holds a model of kind {model.config.get('kind', 'plain')!r} with head {model.config['head']['name']!r}: it neither says something of a file nor goes on from one", status=1,
@@ -82,17 +82,18 @@ def build_page(gradio: Any, model: Any, folder: Path) -> Any:
     return page
 
 
-def _predict(gradio: Any, model: Any, folder: Path) -> None:
+def _predict(gradio: Any, model: Any) -> None:
     from mmlong.cli.trying import class_names, predict_file
     from mmlong.datamodules.errors import DataError
 
-    names = class_names(folder, int(model.config["head"]["num_classes"]))
+    names = class_names(model)
 
-    def answer(path: str | None, resample: bool) -> tuple[Any, str]:
+    def answer(path: str | None, fits: bool) -> tuple[Any, str]:
         if path is None:
             return None, "Drop a file."
         try:
-            said = predict_file(model, Path(path), names, resample)
+            convert = {"resample": fits, "mono": fits, "fit": "crop" if fits else None}
+            said = predict_file(model, Path(path), names, **convert)
         except (DataError, ValueError) as error:
             raise gradio.Error(str(error)) from error
         cut = ", the beginning of the file" if said.cut else ""
@@ -100,9 +101,12 @@ def _predict(gradio: Any, model: Any, folder: Path) -> None:
         return values, f"{said.tokens:,} {model.modality.unit}s read{cut}"
 
     file = gradio.File(label="A file", type="filepath")
-    resample = gradio.Checkbox(label="Resample a sound of another rate", visible=model.modality.kind == "audio")
+    fits = gradio.Checkbox(
+        label="Fit a picture of another size (cropped), a sound of another rate or of several channels, to the model",
+        visible=model.modality.kind in ("image", "audio"),
+    )
     label, told = gradio.Label(label="What the model says", num_top_classes=10), gradio.Markdown()
-    file.change(answer, [file, resample], [label, told], api_name="predict")
+    file.change(answer, [file, fits], [label, told], api_name="predict")
 
 
 def _continue(gradio: Any, model: Any) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mmlong.cli.conversions import add_conversions, conversions
 from mmlong.cli.errors import CommandError
 
 EPILOG = """\
@@ -40,7 +41,7 @@ def run_embed(argv: list[str]) -> int:
     parser.add_argument("--pool", help="mean, last or max over tokens (default: as the head does)")
     parser.add_argument("--tokens", action="store_true", help="a vector of each token, and not of the file (npz)")
     parser.add_argument("--segment", type=int, default=16384, help="tokens that a streaming model reads at a time")
-    parser.add_argument("--resample", action="store_true", help="resample a sound of another rate")
+    add_conversions(parser)
     parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
     parser.add_argument("--runs", default="runs", help="where run folders are (default: runs)")
     args = parser.parse_args(argv)
@@ -93,7 +94,7 @@ def _documents(modality: Any, args: argparse.Namespace) -> Iterator[tuple[Path, 
     from mmlong.cli.raw_files import read_documents
 
     for path in args.files:
-        for name, pieces in read_documents(modality, path, args.resample):
+        for name, pieces in read_documents(modality, path, **conversions(args)):
             yield path, name, pieces
 
 

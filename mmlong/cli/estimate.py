@@ -67,7 +67,7 @@ def run_estimate(argv: list[str]) -> int:
     if options.check and options.ranks > 1:
         raise CommandError("--check runs one process here: leave --ranks out")
     hush()
-    config = load_recipes(names)
+    config = load_recipes(names, overrides)
     check_config(config, overrides, " + ".join(names))
     from mmlong.datamodules.errors import DataError
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mmlong.cli.conversions import add_conversions, conversions
 from mmlong.cli.errors import CommandError
 from mmlong.cli.runs import saved_autoregressive, saved_model
 
@@ -49,7 +50,7 @@ def run_generate(argv: list[str]) -> int:
         "--prompt_length", type=int, help="tokens of the file to begin with (default: all; half of a picture)"
     )
     _add_spans(parser, "make")
-    parser.add_argument("--resample", action="store_true", help="resample a sound of another rate")
+    add_conversions(parser)
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest, always (default 1)")
     parser.add_argument("--top_k", type=int, help="draw among the k likeliest only")
     parser.add_argument("--top_p", type=float, help="draw among the likeliest that together have this probability")
@@ -156,7 +157,7 @@ def _model(args: argparse.Namespace, verb: str, rows: int) -> tuple[Any, Path, A
             raw = torch.frombuffer(bytearray(what.encode("utf-8", "surrogateescape")), dtype=torch.uint8)
             tokens = before.modality.encode(raw[None])[0]
         else:
-            _, document = next(iter(read_documents(before.modality, Path(what), args.resample)))
+            _, document = next(iter(read_documents(before.modality, Path(what), **conversions(args))))
             tokens = torch.cat([before.modality.encode(raw)[0] for raw in document], 1)
         tokens = tokens.expand(rows, *tokens.shape[1:]).contiguous()
         with torch.inference_mode():
@@ -195,7 +196,7 @@ def _prompt(args: argparse.Namespace, modality: Any, whole: int | None) -> Any:
     if wanted is not None and wanted < 1:
         raise ValueError("--prompt_length is at least 1")
     pieces, found = [], 0
-    _, document = next(iter(read_documents(modality, args.prompt_file, args.resample)))
+    _, document = next(iter(read_documents(modality, args.prompt_file, **conversions(args))))
     for raw in document:
         pieces.append(modality.encode(raw)[0])
         found += pieces[-1].shape[1]
@@ -216,7 +217,7 @@ def run_score(argv: list[str]) -> int:
     parser.add_argument("files", metavar="FILE", nargs="+", type=Path)
     _add_spans(parser, "score")
     parser.add_argument("--segment", type=int, default=16384, help="tokens run at a time (default 16384)")
-    parser.add_argument("--resample", action="store_true", help="resample a sound of another rate")
+    add_conversions(parser)
     parser.add_argument("--runs", default="runs", help="where run folders are (default: runs)")
     args = parser.parse_args(argv)
     from mmlong.datamodules.errors import DataError
@@ -238,7 +239,7 @@ def _score(args: argparse.Namespace) -> int:
     bits, numbers = 0.0, 0
     several = False
     for path in args.files:
-        for name, pieces in read_documents(model.modality, path, args.resample):
+        for name, pieces in read_documents(model.modality, path, **conversions(args)):
             tokens = (model.modality.encode(raw)[0] for raw in pieces)
             found, count = score(model, _cut(tokens, args.segment), state)
             several = numbers > 0

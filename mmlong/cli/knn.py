@@ -96,7 +96,7 @@ def _recipe(name: str, overrides: list[str]) -> tuple[Any, Any]:
     from mmlong.cli.recipes import load_recipes
     from mmlong.cli.train import check_config
 
-    config = load_recipes([name])
+    config = load_recipes([name], overrides)
     check_config(config, overrides, name)
     data, task = build(*parse(config, overrides))
     data.prepare_data()

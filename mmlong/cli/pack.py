@@ -50,9 +50,7 @@ def add_pack_parser(parser: argparse.ArgumentParser) -> Mapping[str, list[argpar
         metavar="TABLE",
         help="CSV or JSONL of file,label[,split], for a folder whose sub-folders are not the classes",
     )
-    parser.add_argument(
-        "--unlabelled", action="store_true", help="sub-folders are not classes; files have no labels (not of images)"
-    )
+    parser.add_argument("--unlabelled", action="store_true", help="sub-folders are not classes; files have no labels")
     parser.add_argument("--licence", default="not stated", help="licence to record, of data of your own")
     parser.add_argument("--split", action="append", type=_split, metavar="NAME=N", default=[],
                         help="samples (N >= 1) or share (N < 1) of a split; train takes the rest (default val=0.1, test=0.1)")  # fmt: skip
@@ -103,12 +101,13 @@ def run_pack(argv: list[str]) -> int:
         if fault := misplaced(args, options, modality):
             parser.error(fault)
 
-    from mmlong.datamodules.errors import DataError
+    from mmlong.datamodules.errors import BadSampleError, DataError
 
     try:
         return _pack(args) if args.verify is None else _verify(args.verify)
     except (DataError, ValueError) as error:
-        print(f"mmlong pack: {error}", file=sys.stderr)
+        hint = "; --on-bad skip leaves such out" if isinstance(error, BadSampleError) and args.on_bad == "stop" else ""
+        print(f"mmlong pack: {error}{hint}", file=sys.stderr)
         return 1
 
 
@@ -211,3 +210,18 @@ def _report(out: str, dataset: PackedDataset) -> None:
     for field, names in manifest["labels"].items():
         shown = ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")
         print(f"  label {field}: {shown}")
+        for line in _thin(field, names, manifest["counts"][field]):
+            print(line)
+    if missing := [split for split in ("val", "test") if split not in manifest["splits"]]:
+        print(f"  there is no {' and no '.join(missing)} split; --split {missing[0]}=N takes N samples for one")
+
+
+def _thin(field: str, names: list[str], counts: dict[str, list[int]]) -> list[str]:
+    """What a person should know of classes that some split lacks: without training samples a class cannot be learned, and without test samples nothing is measured of it."""
+    found = []
+    for split, what in (("train", "cannot be learned"), ("test", "is not measured by the test")):
+        lacking = [name for name, count in zip(names, counts.get(split, ()), strict=False) if not count]
+        if lacking:
+            shown = ", ".join(lacking[:10]) + (f", ... ({len(lacking)} in all)" if len(lacking) > 10 else "")
+            found.append(f"  no sample in {split}, so that it {what}: {shown}")
+    return found

@@ -39,7 +39,7 @@ class Kind:
 def _image(args: argparse.Namespace) -> ImageSource:
     from mmlong.datamodules.folders import folder_source
 
-    return folder_source(args.paths[0], args.labels, args.licence)
+    return folder_source(args.paths[0], args.labels, args.licence, not args.unlabelled)
 
 
 def _imagenet64(args: argparse.Namespace) -> ImageSource:

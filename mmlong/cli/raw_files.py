@@ -6,6 +6,7 @@ A picture is one piece. A text comes block by block, a genome block by block of 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,17 @@ from mmlong.modalities import Modality
 PIECE = 16384
 
 
-def read_documents(modality: Modality, path: Path, resample: bool = False) -> Iterator[tuple[str, Iterator[Tensor]]]:
+def read_documents(
+    modality: Modality, path: Path, resample: bool = False, mono: bool = False, fit: str | None = None
+) -> Iterator[tuple[str, Iterator[Tensor]]]:
     """The documents of a file.
 
     Args:
         modality: of the model that will read them; it says which kind of file this is, and which size, rate and channels are due.
         path: an image, a sound, a FASTA file (gzipped too), any bytes as text, or codes as whole numbers with white space between.
         resample: whether a sound of another rate is resampled.
+        mono: whether a sound of several channels is mixed to one, for a model of one.
+        fit: ``crop``, ``pad`` or ``stretch`` a picture of another size to the model's, as packing does; ``None``: it is refused.
 
     Yields:
         a document's name and its raw tensors ``(1, ...)`` in order.
@@ -35,33 +40,39 @@ def read_documents(modality: Modality, path: Path, resample: bool = False) -> It
 
     if not path.is_file():
         raise DataError(path, "is missing")
-    readers = {"image": _image, "audio": _sound, "genome": _sequences, "text": _text, "tokens": _codes}
+    readers = {
+        "image": partial(_image, fit=fit), "audio": partial(_sound, mono=mono), "genome": _sequences, "text": _text, "tokens": _codes,
+    }  # fmt: skip
     if modality.kind not in readers:
         raise DataError(path, f"cannot be read: {type(modality).__name__} is of kind {modality.kind!r}")
     yield from readers[modality.kind](modality, path, resample)
 
 
-def _image(modality: Any, path: Path, resample: bool) -> Iterator[tuple[str, Iterator[Tensor]]]:
+def _image(modality: Any, path: Path, resample: bool, fit: str | None = None) -> Iterator[tuple[str, Iterator[Tensor]]]:
     import numpy as np
 
     from mmlong.datamodules.errors import BadSampleError
-    from mmlong.datamodules.pixels import DECODE_ERRORS, open_image, to_pixels
+    from mmlong.datamodules.pixels import DECODE_ERRORS, fit_image, open_image, to_pixels
 
     channels, height, width = modality.image
     try:
         image = to_pixels(open_image(path), channels, path)
     except DECODE_ERRORS as error:
         raise error if isinstance(error, BadSampleError) else BadSampleError(path, f"is no image: {error}") from error
+    if fit is not None:
+        image = fit_image(image, height, width, fit)
     if image.size != (width, height):
-        raise BadSampleError(path, f"is {image.size[0]}x{image.size[1]}; this model reads {width}x{height}")
+        raise BadSampleError(
+            path, f"is {image.size[0]}x{image.size[1]}; this model reads {width}x{height}: --fit crop resizes it (or pad, stretch)"
+        )  # fmt: skip
     pixels = torch.from_numpy(np.array(image))
     yield path.name, iter([(pixels[None] if channels == 1 else pixels.permute(2, 0, 1))[None]])
 
 
-def _sound(modality: Any, path: Path, resample: bool) -> Iterator[tuple[str, Iterator[Tensor]]]:
+def _sound(modality: Any, path: Path, resample: bool, mono: bool = False) -> Iterator[tuple[str, Iterator[Tensor]]]:
     from mmlong.datamodules.audio_files import Storage, conform, read_sound
 
-    storage = Storage(modality.rate, modality.sound_channels, "FLOAT", resample)
+    storage = Storage(modality.rate, modality.sound_channels, "FLOAT", resample, mono)
     wave = torch.from_numpy(conform(read_sound(path, path), storage, path))
     whole = wave if modality.sound_channels == 1 else wave[None]
     yield path.name, (whole[..., i : i + PIECE] for i in range(0, whole.shape[-1], PIECE))

@@ -9,9 +9,12 @@ Files are read with YAML's safe loader; the classes they name are imported later
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import re
+import sys
 import warnings
+from collections.abc import Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -120,14 +123,44 @@ def merge(base: Any, over: Any) -> Any:
     return {**base, **{key: merge(base[key], value) if key in base else value for key, value in over.items()}}
 
 
-def load_recipes(names: list[str]) -> dict[str, Any]:
-    """Several recipes merged left to right; ``recipe`` (the name of the run) is the first one's unless a file sets it."""
+def load_recipes(names: list[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Several recipes merged left to right; ``recipe`` (the name of the run) is the first one's unless a file sets it.
+
+    Where a later file, or ``overrides``, names another dataset, what was said of the one before (its label, the size to pack it at) is left out, and that is told.
+    """
     config: dict[str, Any] = {}
     for name in names:
         title, content = load_recipe(name)
+        data = content.get("data")
+        arguments = data.get("init_args") if isinstance(data, dict) else None
+        if isinstance(arguments, dict):
+            config = _of_another(config, arguments.get("dataset"))
         config = merge(config, content)
         config.setdefault("recipe", title)
-    return config
+    from mmlong.cli.train import pairs
+
+    given = [value for key, value in pairs(list(overrides)) if key in ("data.dataset", "data.init_args.dataset")]
+    return _of_another(config, given[-1] if given else None)
+
+
+def _of_another(config: dict[str, Any], dataset: Any) -> dict[str, Any]:
+    """The configuration for another dataset: without those options of its datamodule that speak of the one it names (``of_dataset``)."""
+    data = config.get("data")
+    arguments = data.get("init_args") if isinstance(data, dict) else None
+    if not isinstance(data, dict) or not isinstance(arguments, dict) or dataset is None:
+        return config
+    if arguments.get("dataset") in (None, dataset):
+        return config
+    module, _, name = str(data.get("class_path")).rpartition(".")
+    try:
+        options = getattr(getattr(importlib.import_module(module), name, None), "of_dataset", ())
+    except (ImportError, ValueError):
+        return config  # told by whoever builds it
+    left = [f"data.{option} {arguments[option]}" for option in options if arguments.get(option) is not None]
+    if left:
+        print(f"{', '.join(left)} is left out: it is of {arguments['dataset']}, and data.dataset is {dataset}", file=sys.stderr)  # fmt: skip
+    kept = {option: value for option, value in arguments.items() if option not in options}
+    return {**config, "data": {**data, "init_args": kept}}
 
 
 def run_recipes(argv: list[str]) -> int:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mmlong.cli.conversions import add_conversions, conversions
 from mmlong.cli.errors import CommandError
 from mmlong.cli.runs import STORY
 
@@ -49,6 +50,7 @@ def run_report(argv: list[str]) -> int:
         metavar="N",
         help="tokens of the sample at most, where its size is free (default 256)",
     )
+    add_conversions(parser)
     parser.add_argument("--runs", default="runs", help="where run folders are (default: runs)")
     args = parser.parse_args(argv)
     from mmlong.report import BadRunError, comparison_page, gather, report_page
@@ -117,7 +119,7 @@ def _influence(run: Any, args: argparse.Namespace) -> Any:
     else:
         raise CommandError(f"--influence: {run.folder} holds no sample; give a file: --influence FILE", status=1)
     try:
-        _, pieces = next(iter(read_documents(model.modality, path)))
+        _, pieces = next(iter(read_documents(model.modality, path, **conversions(args))))
         return influence_figure(influence_of(model, next(iter(pieces)), args.influence_length), what)
     except (DataError, ValueError) as error:
         raise CommandError(f"--influence: {error}", status=1) from error

@@ -27,6 +27,7 @@ usage: mmlong {command} -c RECIPE [-c RECIPE ...] [--KEY VALUE ...]
   --print_config      print every key with its value, and do nothing
 
 keys of a run
+  --recipe NAME               what the run is called: its folder is RUNS/NAME/TIMESTAMP (default: the first recipe's name)
   --runs FOLDER               where run folders are made (default: runs)
   --run_dir FOLDER            this run's folder, instead of RUNS/RECIPE/TIMESTAMP
   --test_after_fit WHICH      when training is over, test the `last` weights (default) or the `best`; null: no test
@@ -75,7 +76,7 @@ def run_training(command: str, argv: list[str]) -> int:
             f"which weights? Add --ckpt_path last (of the newest run of {names[0]}), a run folder, or a checkpoint file"
         )
     hush()
-    config = load_recipes(names)
+    config = load_recipes(names, overrides)
     recipes = dict(load_recipe(name) for name in names)
     check_config(config, overrides, " + ".join(names))
     from mmlong.cli.engine import Engine

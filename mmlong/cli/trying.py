@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,14 +37,10 @@ class Answer:
     cut: bool
 
 
-def class_names(folder: Path, count: int) -> list[str]:
-    """Names of the classes as the run recorded them; numbers where it did not."""
-    try:
-        names = json.loads((folder / "run.json").read_text(encoding="utf-8"))["class_names"]
-    except (OSError, ValueError, KeyError, TypeError):
-        names = []
-    fits = isinstance(names, list) and len(names) == count
-    return [str(name) for name in names] if fits else [str(number) for number in range(count)]
+def class_names(model: Model) -> list[str]:
+    """Names of the values that a model predicts, as its data named them; numbers where nobody did."""
+    count = int(model.config["head"]["num_classes"])
+    return list(model.class_names) if len(model.class_names) == count else [str(number) for number in range(count)]
 
 
 def head_of(model: Model) -> Any:
@@ -58,15 +53,15 @@ def predicts(model: Model) -> bool:
     return isinstance(head_of(model), (ClassifyHead, MultiLabelHead, RegressHead))
 
 
-def predict_file(model: Model, path: Path, names: list[str], resample: bool = False, most: int = LONGEST) -> Answer:
+def predict_file(model: Model, path: Path, names: list[str], most: int = LONGEST, **convert: Any) -> Answer:
     """What the model says of a file, its first record where it has several.
 
     Args:
         model: a classifier, or one of several labels or numbers, in evaluation mode.
         path: of what it reads: a picture, a sound, a FASTA file, a text.
         names: of the predicted values.
-        resample: whether a sound of another rate is resampled.
         most: numbers of raw data that are read, along the sequence.
+        convert: what may be done to a file to fit the model; see :func:`mmlong.cli.raw_files.read_documents`.
 
     Raises:
         DataError: the file is missing, damaged, or not what the model reads.
@@ -75,7 +70,7 @@ def predict_file(model: Model, path: Path, names: list[str], resample: bool = Fa
     head = head_of(model)
     if not predicts(model):
         raise ValueError(f"a model with head {model.config['head']['name']!r} says nothing of a file as a whole")
-    raw, cut = _read(model, path, resample, most)
+    raw, cut = _read(model, path, most, **convert)
     tokens, layout = model.encode(raw)
     with torch.inference_mode():
         said = model(tokens, None, layout)[0][0].float()
@@ -87,9 +82,9 @@ def predict_file(model: Model, path: Path, names: list[str], resample: bool = Fa
     return Answer(values, not isinstance(head, RegressHead), tokens.shape[1], cut)
 
 
-def _read(model: Model, path: Path, resample: bool, most: int) -> tuple[Tensor, bool]:
+def _read(model: Model, path: Path, most: int, **convert: Any) -> tuple[Tensor, bool]:
     pieces: list[Tensor] = []
-    _, document = next(iter(read_documents(model.modality, path, resample)))
+    _, document = next(iter(read_documents(model.modality, path, **convert)))
     for piece in document:
         pieces.append(piece)
         if model.modality.tokens_per_sample() is None and sum(p.shape[-1] for p in pieces) > most:
@@ -101,11 +96,11 @@ def _read(model: Model, path: Path, resample: bool, most: int) -> tuple[Tensor, 
 
 
 def prompt_tokens(
-    model: AutoregressiveModel, text: str = "", path: Path | None = None, resample: bool = False
+    model: AutoregressiveModel, text: str = "", path: Path | None = None, **convert: Any
 ) -> Tensor | None:
     """Tokens ``(1, L, ...)`` to go on from; ``None`` of no text and no file. Of a picture it is the upper half."""
     if path is not None:
-        raw, _ = _read(model, path, resample, LONGEST)
+        raw, _ = _read(model, path, LONGEST, **convert)
         tokens = model.encode(raw)[0]
         whole = model.modality.tokens_per_sample()
         return tokens if whole is None else tokens[:, : whole // 2]

@@ -35,6 +35,7 @@ class Model(nn.Module):
     Attributes:
         config: the complete configuration, JSON-able.
         num_features: width of the features before the head.
+        class_names: of a classifier, by class id; empty where nobody said. Saved and loaded with it.
     """
 
     parts: tuple[str, ...] = ("modality", "backbone", "head")
@@ -59,6 +60,7 @@ class Model(nn.Module):
         self.config = config
         self.backbone = Backbone(backbone)
         self.num_features = self.backbone.num_features
+        self.class_names: list[str] = []
         self.make(config)
 
     def make(self, config: Config) -> None:
@@ -154,6 +156,7 @@ class Model(nn.Module):
     def reset_classifier(self, num_classes: int, **options: Any) -> None:
         """A fresh head of the same kind with another number of classes (0: none)."""
         self.config["head"] = {**self.config["head"], "num_classes": num_classes, **options}
+        self.class_names = []
         old = next(self.backbone.parameters())
         self.head = create_head(dim=self.num_features, **self.config["head"]).to(old.device, old.dtype)
         self._tie()

@@ -21,6 +21,8 @@ from mmlong.models.model import Model, build_model
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+CLASS_NAMES = "class_names"
+"""Key of ``config.json`` beside the model's own."""
 SHOWN = 5
 """So many wrong tensors are named, of the others there is the number."""
 
@@ -39,7 +41,8 @@ def save_model(model: Model, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().cpu().contiguous() for key, value in plain_state(model).items()}
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(model.config, indent=2) + "\n")
+    config = {**model.config, **({CLASS_NAMES: model.class_names} if model.class_names else {})}
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Model:
@@ -69,11 +72,16 @@ def _build(path: Path) -> Model:
         raise ValueError(
             f"{path} is no configuration of a model: it holds {type(config).__name__}, not keys and values"
         )
+    names = config.pop(CLASS_NAMES, [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: {CLASS_NAMES} is no list of names")
     try:
-        return build_model(config)
+        model = build_model(config)
     except (KeyError, TypeError, ValueError) as error:
         # A KeyError's own text is in quotes.
         raise ValueError(f"{path}: {error.args[0] if error.args else error}") from error
+    model.class_names = names
+    return model
 
 
 def _load(model: Model, path: Path) -> None:

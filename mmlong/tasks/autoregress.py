@@ -19,6 +19,7 @@ from mmlong.backbone import BackboneConfig
 from mmlong.backbone.segmented import check_keep, segmented_loss
 from mmlong.layout import Layout
 from mmlong.mixers import State
+from mmlong.mixers.masked_conv import MaskedConv2d
 from mmlong.mixers.own_loss import own_losses, sum_own_loss
 from mmlong.models import AutoregressiveModel
 from mmlong.parallel import SequenceMesh, layered_loss, piece_bounds, sequence_parallel_loss, take_piece
@@ -29,6 +30,24 @@ from mmlong.training.optim import OptimConfig
 
 CARRIED = "mmlong_carried"
 """Where a checkpoint keeps the state that is carried."""
+
+
+def check_rows(model: torch.nn.Module) -> None:
+    """Refuse pictures whose rows are not as long as a masked convolution was told: its taps would lie beside the pixels that they mean.
+
+    Raises:
+        ValueError: with both lengths.
+    """
+    modality: Any = model.modality
+    widths = {module.width for module in model.modules() if isinstance(module, MaskedConv2d)}
+    if modality.kind != "image" or not widths:
+        return
+    row = modality.tokens_per_sample() // modality.size[0]
+    for width in widths - {row}:
+        raise ValueError(
+            f"masked_conv2d has width {width}, and a row of these pictures is {row} tokens: pack them with a --size of {width} columns, "
+            f"or set width: {row} in model.backbone.mixers (and model.linear_prediction, where there is one, to offsets of such rows)"
+        )
 
 
 class AutoregressTask(Task):
@@ -79,6 +98,7 @@ class AutoregressTask(Task):
         super().__init__(
             modality, backbone, head or {}, optim, compile, info, backbone_from, freeze_backbone, model_parts=own
         )
+        check_rows(self.model)
         if carry:
             check_bounded(self.model.backbone)
         self.segment, self.keep, self.truncate = segment, keep, truncate

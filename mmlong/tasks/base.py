@@ -90,6 +90,8 @@ class Task(pl.LightningModule):
                 )
             add_lora(self.model, self.optim.lora)
         self.class_names = list(info.get("class_names", []))
+        if self.model.config.get("head", {}).get("num_classes") == len(self.class_names):
+            self.model.class_names = self.class_names
 
     def both_sides(self, modality: dict[str, Any], head: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
         """What the model's configuration has beside its backbone, with what the data fixes."""

@@ -37,7 +37,7 @@ class OptimConfig:
         weight_decay: decoupled weight decay of matrices.
         betas: of Adam-like optimisers, ignored by others; null for the optimiser's own.
         options: any further options of the optimiser, e.g. ``{fallback_lr_scale: 0.1}``: Muon's usual rate of 0.02 is too high for its AdamW.
-        warmup: steps of linear warm-up.
+        warmup: steps of linear warm-up, at most half of the training: a run that is cut short reaches its learning rate.
         schedule: after it: ``cosine``, ``linear``, ``wsd`` (constant, then linear over the last fifth) or ``constant``.
         min_lr: final learning rate as a share of the peak.
         layer_decay: factor on the learning rate for each layer away from the head; null for none.
@@ -137,11 +137,12 @@ def parameter_groups(model: Any, config: OptimConfig) -> list[dict[str, Any]]:
 
 def schedule_factor(step: int, config: OptimConfig, total: int) -> float:
     """Share of the peak learning rate at ``step`` of ``total``."""
-    if step < config.warmup:
-        return (step + 1) / (config.warmup + 1)
+    warmup = min(config.warmup, total // 2)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
     if config.schedule == "constant":
         return 1.0
-    done = min((step - config.warmup) / max(total - config.warmup, 1), 1.0)
+    done = min((step - warmup) / max(total - warmup, 1), 1.0)
     if config.schedule == "wsd":
         done = max(0.0, (done - 0.8) / 0.2)
     shape = (1 + math.cos(math.pi * done)) / 2 if config.schedule == "cosine" else 1 - done

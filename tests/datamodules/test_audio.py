@@ -221,7 +221,9 @@ def test_class_folders_and_tables(drums: Path, tmp_path: Path, capsys: pytest.Ca
 def test_untidy_folders(drums: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     write(drums / "kick" / "x.wav", 3, rate=11025)
-    with pytest.raises(BadSampleError, match=r"x\.wav: is at 11,025 Hz and .*1\.wav at 8,000 Hz; give a --rate"):
+    with pytest.raises(
+        BadSampleError, match=r"x\.wav: is at 11,025 Hz and .*1\.wav \(with 9 others\) at 8,000 Hz; give a --rate"
+    ):
         pack_sequences(sound_folder(drums), out)
     write(drums / "kick" / "y.flac", 3, channels=2, subtype="PCM_24")
     with pytest.raises(BadSampleError, match=r"y\.flac: has 2 channels and .* has 1; mix all of them with --mono"):
@@ -245,6 +247,18 @@ def test_untidy_folders(drums: Path, tmp_path: Path) -> None:
     (tmp_path / "empty" / "a" / "z.wav").write_bytes(b"RIFF")
     with pytest.raises(BadSampleError, match=r"z\.wav: cannot be opened"):
         sound_folder(tmp_path / "empty")
+
+
+def test_the_odd_one_out_is_the_one_that_differs_from_most(drums: Path, tmp_path: Path) -> None:
+    """Also where it comes first."""
+    write(drums / "kick" / "0.wav", 3, rate=44100, channels=2)
+    with pytest.raises(BadSampleError, match=r"0\.wav: is at 44,100 Hz and .*1\.wav \(with 9 others\) at 8,000 Hz"):
+        pack_sequences(sound_folder(drums), tmp_path / "out")
+    with pytest.raises(BadSampleError, match=r"0\.wav: has 2 channels and .* has 1"):
+        pack_sequences(sound_folder(drums, rate=8000), tmp_path / "out")
+    dataset = pack_sequences(sound_folder(drums), tmp_path / "out", on_bad="skip")
+    assert dataset.manifest["audio"]["rate"] == 8000
+    assert dataset.manifest["skipped"] == 1
 
 
 @pytest.fixture

@@ -268,3 +268,74 @@ def test_members_for_other_readers(make_packed: Callable[..., PackedDataset]) ->
         record = json.loads(tar.extractfile(next(name for name in tar.getnames() if name.endswith(".json"))).read())  # type: ignore[union-attr]
     assert set(record) == {"file", "label", "label_name"}
     assert record["label_name"] == f"class {record['label']}"
+
+
+# files of one's own, as they come
+
+
+def test_pictures_without_labels_lie_anywhere(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "loose.png").write_bytes((photos / "cat" / "01.png").read_bytes())
+    source = folder_source(photos, labelled=False)
+    assert source.labels == {}
+    assert source.default_label is None
+    assert "loose.png" in {item.name for item in source.items}
+    count = len(source.items)
+    assert run_pack(["image", str(photos), str(tmp_path / "out"), "--unlabelled", "--size", "4"]) == 0
+    dataset = PackedDataset(tmp_path / "out")
+    assert sum(len(dataset.split(split)) for split in dataset.splits) == count
+    assert dataset.fields == ()
+    assert verify(dataset.folder) == []
+    capsys.readouterr()
+    assert run_pack(["image", str(photos), str(tmp_path / "more"), "--size", "4"]) == 1
+    assert "(--labels), or they have none (--unlabelled)" in capsys.readouterr().err
+
+
+def test_what_systems_leave_behind_is_no_data(photos: Path) -> None:
+    before = {item.name for item in folder_source(photos).items}
+    (photos / ".DS_Store").write_bytes(b"\0")
+    (photos / "cat" / "._01.png").write_bytes(b"\0")
+    (photos / ".thumbnails").mkdir()
+    (photos / ".thumbnails" / "01.png").write_bytes(b"\0")
+    (photos / "cat" / ".cache").mkdir()
+    (photos / "cat" / ".cache" / "01.png").write_bytes(b"\0")
+    assert {item.name for item in folder_source(photos).items} == before
+    assert {item.name for item in folder_source(photos, labelled=False).items} == before
+
+
+def test_files_of_other_kinds_are_counted(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder_source(photos)
+    assert not caplog.records
+    for name in ("a.heic", "b.heic", "notes.txt"):
+        (photos / "cat" / name).write_bytes(b"x")
+    folder_source(photos)
+    assert "3 files are left aside, no images by their names: 2 .heic, 1 .txt" in caplog.text
+
+
+@settings(deadline=None, max_examples=50)
+@given(sizes=st.lists(st.integers(1, 12), min_size=2, max_size=12), seed=st.integers(0, 9), share=st.floats(0.01, 0.3))
+def test_a_class_is_not_held_out_whole_where_others_can_give(sizes: list[int], seed: int, share: float) -> None:
+    items = [
+        Item(f"{c}/{n}", {"label": c}, lambda: Image.new("L", (1, 1)))
+        for c, size in enumerate(sizes)
+        for n in range(size)
+    ]
+    parts = split_items(items, {"test": share}, seed)
+    asked = round(share * len(items))
+    assert len(parts.get("test", [])) == asked
+    trained = {item.labels["label"] for item in parts["train"]}
+    if asked <= sum(size > 1 for size in sizes):
+        assert trained == set(range(len(sizes)))
+
+
+def test_classes_that_a_split_lacks_are_told(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "owl").mkdir()
+    (photos / "owl" / "1.png").write_bytes((photos / "cat" / "01.png").read_bytes())
+    assert run_pack(["image", str(photos), str(tmp_path / "out"), "--size", "4", "--split", "test=2"]) == 0
+    said = capsys.readouterr().out
+    assert "no sample in test, so that it is not measured by the test: owl" in said
+    assert "there is no val split; --split val=N takes N samples for one" in said
+    (photos / "owl" / "1.png").write_bytes(b"no image")
+    assert run_pack(["image", str(photos), str(tmp_path / "o2"), "--size", "4"]) == 1
+    assert "; --on-bad skip leaves such out" in capsys.readouterr().err
+    assert run_pack(["image", str(photos), str(tmp_path / "o2"), "--size", "4", "--on-bad", "skip"]) == 0
+    assert "no sample in train, so that it cannot be learned: owl" in capsys.readouterr().out

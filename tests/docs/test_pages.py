@@ -21,8 +21,11 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 PAGES = sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts)
-ELSEWHERE = {"docs/new_modality.md": "tests/plugins/test_new_modality_page.py"}
-"""A page whose Python needs its commands, and the test that runs both."""
+ELSEWHERE = {
+    "docs/new_modality.md": "tests/plugins/test_new_modality_page.py",
+    "docs/your_data.md": "tests/plugins/test_your_data_page.py",
+}
+"""Pages whose Python needs their commands, and the tests that run both."""
 
 _FENCE = re.compile(r"^(`{3,})([^\n`]*)\n(.*?)^\1$", re.M | re.S)
 _INDENTED = re.compile(r"(?:^    .*\n?|^\n(?=    ))+", re.M)

@@ -23,7 +23,7 @@ class Environment:
         self.away.mkdir()
         venv.create(folder / "env", with_pip=False)
         self.bin = folder / "env" / ("Scripts" if os.name == "nt" else "bin")
-        site = next((folder / "env").rglob("site-packages"))
+        self.site = site = next((folder / "env").rglob("site-packages"))
         # Not a plain path: the borrowed folder may have an editable mmlong, and .pth lines of its own are to be read.
         borrowed = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
         (site / "borrowed.pth").write_text("".join(f"import site; site.addsitedir({p!r})\n" for p in borrowed))
