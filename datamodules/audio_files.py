@@ -167,6 +167,8 @@ def survey(source: Path | bytes, name: str | Path) -> tuple[int, int]:
     Raises:
         BadSampleError: it is no sound.
     """
+    if isinstance(source, Path) and source.is_file() and not source.stat().st_size:
+        raise BadSampleError(name, "is an empty file")
     try:
         with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
             return file.samplerate, file.channels

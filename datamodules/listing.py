@@ -135,7 +135,7 @@ def _tell_others(folder: Path, suffixes: Collection[str], what: str) -> None:
     others = Counter(path.suffix.lower() or path.name for path in _visible(folder) if not _counts(path, suffixes))
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(8))
-        log.warning("%s: %d files are left aside, no %s by their names: %s", folder, others.total(), what, kinds)
+        log.warning("%s: left aside, no %s by their names: %s", folder, what, kinds)
 
 
 def table_rows(table: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -42,7 +43,7 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         if Path(folder).is_dir() and any(Path(folder).iterdir()):
-            do = f"files of your own become one by `mmlong pack KIND {folder} OUT`, and OUT is what is to be named"
+            do = f"files of your own become one by `mmlong pack KIND {shlex.quote(str(folder))} OUT`, and OUT is what is to be named"
         else:
             do = "`mmlong pack KIND IN OUT` makes one (KIND: image, audio, text, ...)"
         raise BadShardError(folder, f"is not a packed dataset (no {MANIFEST}); {do}")

@@ -136,7 +136,7 @@ def tried(python: Path, version: str, bounds: str, wheel: Path, sdist: Path, wor
         step("venv", [python, "-m", "venv", folder / "env"])
         constraints = folder / "constraints.txt"
         constraints.write_text("\n".join(lowest(project()["dependencies"], version)) if bounds == "lowest" else "")
-        step("install the wheel", [own, "-m", "pip", "install", "-q", "-c", constraints, wheel])
+        step("install the wheel", [own, "-m", "pip", "install", "-q", "--no-compile", "-c", constraints, wheel])
         step("pip check", [own, "-m", "pip", "check"])
         listed = json.loads(step("pip list", [own, "-m", "pip", "list", "--format", "json"]))
         declared = {canonical(Requirement(text).name) for text in project()["dependencies"]}

@@ -148,7 +148,7 @@ class Engine:
 
     def trainer_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
         """The recipe's trainer arguments and what every run has."""
-        given = self._validated(given)
+        given = self._seen(given)
         self.progress = RunProgress(self.meter, self.settings.recipe)
         callbacks: list[pl.Callback] = [*_listed(given.get("callbacks")), self.meter, self.progress]
         loggers = [] if given.get("logger") in (None, True, False) else _listed(given["logger"])
@@ -173,17 +173,17 @@ class Engine:
             **self._strategy(given.get("strategy")),
         }  # fmt: skip
 
-    def _validated(self, given: dict[str, Any]) -> dict[str, Any]:
-        """A run that is shorter than the steps between two validations is validated at its end, and not never."""
-        between, steps = given.get("val_check_interval"), given.get("max_steps") or -1
+    def _seen(self, given: dict[str, Any]) -> dict[str, Any]:
+        """A short run leaves a curve, and is validated at its end, and not never."""
+        steps = given.get("max_steps") or -1
+        if self.command != "fit" or steps < 1:
+            return given
+        if every := given.get("log_every_n_steps"):
+            given = {**given, "log_every_n_steps": min(every, max(steps // 10, 1))}
+        between = given.get("val_check_interval")
         # In batches; without epochs they are counted through.
         last = steps * int(given.get("accumulate_grad_batches") or 1)
-        if (
-            self.command != "fit"
-            or given.get("check_val_every_n_epoch") is not None
-            or not isinstance(between, int)
-            or not 0 < last < between
-        ):
+        if given.get("check_val_every_n_epoch") is not None or not isinstance(between, int) or between <= last:
             return given
         self._say(f"val_check_interval {between:,} is beyond the end: validating after step {steps:,}")
         return {**given, "val_check_interval": last}

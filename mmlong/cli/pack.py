@@ -106,7 +106,8 @@ def run_pack(argv: list[str]) -> int:
     try:
         return _pack(args) if args.verify is None else _verify(args.verify)
     except (DataError, ValueError) as error:
-        hint = "; --on-bad skip leaves such out" if isinstance(error, BadSampleError) and args.on_bad == "stop" else ""
+        damaged = isinstance(error, BadSampleError) and "--" not in error.reason
+        hint = "; --on-bad skip leaves such out" if damaged and args.on_bad == "stop" else ""
         print(f"mmlong pack: {error}{hint}", file=sys.stderr)
         return 1
 
@@ -209,7 +210,7 @@ def _report(out: str, dataset: PackedDataset) -> None:
         print(f"  skipped: {manifest['skipped']:,} (named in {out}/dataset.json)")
     for field, names in manifest["labels"].items():
         shown = ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")
-        print(f"  label {field}: {shown}")
+        print(f"  {'classes' if field == 'label' else f'label {field}'}: {shown}")
         for line in _thin(field, names, manifest["counts"][field]):
             print(line)
     if missing := [split for split in ("val", "test") if split not in manifest["splits"]]:

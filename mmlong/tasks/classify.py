@@ -42,6 +42,10 @@ class ClassifyTask(LabelledTask):
         backbone_from: str | None = None,
         freeze_backbone: bool | int = False,
     ) -> None:
+        if data_info is not None and "num_classes" not in {**data_info, **(head or {})}:
+            raise ValueError(
+                f"{type(self).__name__} learns classes, and the data has none: pack it with labels (one sub-folder a class, or --labels TABLE), or train without (`mmlong recipes '*_ar'`)"
+            )
         super().__init__(modality, backbone, head, optim, compile, data_info, backbone_from, freeze_backbone)
         self.class_weights = class_weights
         self.label_smoothing = label_smoothing

@@ -62,7 +62,8 @@ def test_a_run_shorter_than_its_validations_is_validated_at_the_end(mmlong: Call
     assert status == 0, said
     assert "val_check_interval 100 is beyond the end: validating after step 5" in said
     (run,) = Path("runs", "noise").iterdir()
-    assert len([value for value in column(read_metrics(run / "metrics.csv"), "val/accuracy")[1]]) == 1
+    assert len(column(read_metrics(run / "metrics.csv"), "train/loss")[1]) >= 4, "a curve"
+    assert len(column(read_metrics(run / "metrics.csv"), "val/accuracy")[1]) == 1
     assert (run / "checkpoints" / "best.ckpt").is_file()
     status, said = mmlong("fit", "-c", recipe, epochs, "--trainer.max_steps=5", "--trainer.val_check_interval=5")
     assert "beyond the end" not in said
@@ -89,6 +90,16 @@ def test_a_folder_of_files_is_no_dataset_and_the_error_says_what_to_do(
     status, said = mmlong("fit", "-c", recipe, "--data.batch_size=500")
     assert status == 1
     assert "70 training samples do not fill one global batch of 500 (batch size x ranks); lower data.batch_size, so that it is at most 70" in said  # fmt: skip
+
+
+def test_a_classifier_of_data_without_classes_says_so(mmlong: Call, recipe: str, tmp_path: Path) -> None:
+    (tmp_path / "loose").mkdir()
+    for number in range(12):
+        Image.new("L", (16, 16), number).save(tmp_path / "loose" / f"{number}.png")
+    assert mmlong("pack", "image", "loose", "bare", "--unlabelled")[0] == 0
+    status, said = mmlong("fit", "-c", recipe, "--data.dataset=bare")
+    assert status == 1
+    assert "ClassifyTask learns classes, and the data has none: pack it with labels" in said
 
 
 def test_rows_that_a_masked_convolution_was_not_told_of_are_refused() -> None:

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmlong.datamodules.audio_files import Storage, WavCodec, conform, encode_wav, pack_sound, read_sound
+from mmlong.datamodules.audio_files import Storage, WavCodec, conform, encode_wav, pack_sound, read_sound, survey
 from mmlong.datamodules.codecs import LoadedMember
 from mmlong.datamodules.errors import BadSampleError
 from mmlong.datamodules.resample import resample
@@ -178,3 +178,10 @@ def test_resampling_keeps_a_tone() -> None:
         resample(before, 44099, 8000)
     with pytest.raises(ValueError, match="at least 1 Hz"):
         resample(before, 0, 8000)
+
+
+def test_an_empty_file_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "e.wav").touch()
+    for read in (lambda: survey(tmp_path / "e.wav", "e.wav"), lambda: read_sound(tmp_path / "e.wav", "e.wav")):
+        with pytest.raises(BadSampleError, match="is an empty file"):
+            read()

@@ -168,7 +168,7 @@ def test_command_line(fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     said = capsys.readouterr().out
     assert "train 2" in said
     assert "test 1" in said
-    assert "label label: a, b" in said
+    assert "classes: a, b" in said
     assert verify(out) == []
     batch = next(iter(GenomeDataModule(str(out), batch_size=2).test_dataloader()))
     assert texts(batch) == [other_strand(CHR2)]

@@ -271,7 +271,7 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert run_pack(["text", str(folder), out, "--split", "val=1", "--split", "test=1"]) == 0
     said = capsys.readouterr().out
     assert f"{out}: text, {sum(map(len, WILD.values()))} tokens; train 2, val 1, test 1" in said
-    assert "label label: a, b" in said
+    assert "classes: a, b" in said
     assert run_pack(["--verify", out]) == 0
     (tmp_path / "t.jsonl").write_text('{"text": "x"}\nnonsense\n')
     assert (
