@@ -65,7 +65,7 @@ def run_export(argv: list[str]) -> int:
         out = args.out or folder / "exported" / args.format
         info = export_model(
             model, out, args.format, batch=batch, length=length, embedding=args.embedding, sampling=sampling,
-            class_names=_class_names(folder), source=str(folder), say=lambda text: print(text, flush=True),
+            class_names=model.class_names, source=str(folder), say=lambda text: print(text, flush=True),
         )  # fmt: skip
     except (ExportError, ValueError) as error:
         raise CommandError(str(error), status=1) from error
@@ -90,39 +90,3 @@ def _bounds(option: str, given: str | None, default: Any) -> Any:
         return Bounds(int(least), int(most or least))
     except ValueError as error:
         raise CommandError(f"{option} {given}: {error}") from error
-
-
-def _class_names(folder: Path) -> list[str]:
-    """Names of the classes by what the run's configuration says of its data; none, with a word why, where that cannot be known any more."""
-    from mmlong.runs import CONFIG
-
-    if not (folder / CONFIG).is_file():
-        return []
-    import lightning.pytorch as pl
-    import yaml
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    from mmlong.cli.train import hush
-    from mmlong.datamodules.errors import DataError
-
-    hush()
-
-    try:
-        given = yaml.safe_load((folder / CONFIG).read_text())["data"]
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_subclass_arguments(pl.LightningDataModule, "data", required=True)
-        data: Any = parser.instantiate_classes(parser.parse_object({"data": given})).data
-        return list(data.info().get("class_names", []))
-    except (
-        ArgumentError,
-        DataError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        OSError,
-        yaml.YAMLError,
-    ) as error:
-        reason = " ".join(str(error).split())[:200]
-        print(f"class names are left out: the run's data says nothing any more ({reason})", flush=True)
-        return []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,13 +66,13 @@ def test_labels_numbers_and_long_files(tmp_path: Path) -> None:
         predict_file(tagger, tmp_path / "t.txt", ["a", "b"])
 
 
-def test_names_of_classes(tmp_path: Path) -> None:
-    assert class_names(tmp_path, 2) == ["0", "1"]
-    (tmp_path / "run.json").write_text(json.dumps({"class_names": ["a", "b"]}))
-    assert class_names(tmp_path, 2) == ["a", "b"]
-    assert class_names(tmp_path, 3) == ["0", "1", "2"]  # of other data
-    (tmp_path / "run.json").write_text("[")
-    assert class_names(tmp_path, 1) == ["0"]
+def test_names_of_classes() -> None:
+    model = model_of({"name": "text"}, {"name": "classify", "num_classes": 2})
+    assert class_names(model) == ["0", "1"]
+    model.class_names = ["a", "b"]
+    assert class_names(model) == ["a", "b"]
+    model.class_names = ["a", "b", "c"]  # of other data
+    assert class_names(model) == ["0", "1"]
 
 
 def test_a_stream_is_what_generate_makes_and_leaves_the_caller_alone(writer: AutoregressiveModel) -> None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from mmlong.cli import main
 from mmlong.export import Predictor, load
 from mmlong.models import Model, build_model, save_model
 
 
-def save(folder: Path, head: str = "classify", **more: Any) -> Model:
+def save(folder: Path, names: Sequence[str] = (), head: str = "classify", **more: Any) -> Model:
     torch.manual_seed(0)
     model = build_model(
         {
@@ -24,6 +24,7 @@ def save(folder: Path, head: str = "classify", **more: Any) -> Model:
             "head": {"name": head, "num_classes": 10},
         }
     ).eval()
+    model.class_names = list(names)
     save_model(model, folder)
     return model
 
@@ -35,9 +36,8 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, 
 
 
 def test_a_run_is_exported_with_the_names_of_its_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = save(tmp_path / "run")
-    data = {"class_path": "mmlong.datamodules.images.ImageDataModule", "init_args": {"dataset": "mnist5k"}}
-    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+    names = [f"digit {number}" for number in range(10)]
+    model = save(tmp_path / "run", names)
     status, out, err = run(capsys, "export", tmp_path / "run", "--batch", "1:64")
     assert status == 0, err
     folder = tmp_path / "run" / "exported" / "torch"
@@ -45,7 +45,7 @@ def test_a_run_is_exported_with_the_names_of_its_classes(tmp_path: Path, capsys:
     assert "predict: largest difference from the model" in out
     info = json.loads((folder / "export.json").read_text())
     assert info["programs"]["predict"]["bounds"] == {"batch": [1, 64]}
-    assert info["class_names"] == [str(digit) for digit in range(10)]
+    assert info["class_names"] == names
     predictor = load(folder)
     assert isinstance(predictor, Predictor)
     raw = torch.randint(256, (3, 1, 3, 4), dtype=torch.uint8)
@@ -54,14 +54,11 @@ def test_a_run_is_exported_with_the_names_of_its_classes(tmp_path: Path, capsys:
 
 
 @pytest.mark.slow
-def test_data_that_is_gone_costs_the_names_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_whose_classes_nobody_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path / "run")
-    data = {"class_path": "mmlong.datamodules.images.ImageDataModule", "init_args": {"dataset": str(tmp_path / "gone")}}
-    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"data": data}))
     out_folder = tmp_path / "out"
     status, out, err = run(capsys, "export", tmp_path / "run", "--out", out_folder, "--embedding", "--batch", 2)
     assert status == 0, err
-    assert "class names are left out" in out
     assert json.loads((out_folder / "export.json").read_text())["class_names"] == []
     assert load(out_folder).info["programs"]["predict"]["outputs"][0]["shape"] == [2, 8]
 
