@@ -57,7 +57,7 @@ def test_a_run_is_exported_with_the_names_of_its_classes(tmp_path: Path, capsys:
 def test_a_model_whose_classes_nobody_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path / "run")
     out_folder = tmp_path / "out"
-    status, out, err = run(capsys, "export", tmp_path / "run", "--out", out_folder, "--embedding", "--batch", 2)
+    status, _, err = run(capsys, "export", tmp_path / "run", "--out", out_folder, "--embedding", "--batch", 2)
     assert status == 0, err
     assert json.loads((out_folder / "export.json").read_text())["class_names"] == []
     assert load(out_folder).info["programs"]["predict"]["outputs"][0]["shape"] == [2, 8]
