@@ -143,10 +143,10 @@ def tried(python: Path, version: str, bounds: str, wheel: Path, sdist: Path, wor
         result.installed = {each["name"]: each["version"] for each in listed if canonical(each["name"]) in declared}
         result.install_seconds = round(time.monotonic() - begin, 1)
         begin = time.monotonic()
-        step("use", [own, SMOKE, "--page", PAGE])
+        step("use", [own, "-P", SMOKE, "--page", PAGE])
         if bounds == "highest":
             step("install the sdist", [own, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", sdist])
-            step("use it", [own, SMOKE])
+            step("use it", [own, "-P", SMOKE])
         result.smoke_seconds = round(time.monotonic() - begin, 1)
     except RuntimeError as error:
         result.failed = str(error)

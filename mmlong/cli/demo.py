@@ -92,7 +92,7 @@ def _predict(gradio: Any, model: Any) -> None:
         if path is None:
             return None, "Drop a file."
         try:
-            convert = {"resample": fits, "mono": fits, "fit": "crop" if fits else None}
+            convert: dict[str, Any] = {"resample": fits, "mono": fits, "fit": "crop" if fits else None}
             said = predict_file(model, Path(path), names, **convert)
         except (DataError, ValueError) as error:
             raise gradio.Error(str(error)) from error

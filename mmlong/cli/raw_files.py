@@ -5,7 +5,7 @@ A picture is one piece. A text comes block by block, a genome block by block of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def read_documents(
 
     if not path.is_file():
         raise DataError(path, "is missing")
-    readers = {
+    readers: dict[str, Callable[..., Iterator[tuple[str, Iterator[Tensor]]]]] = {
         "image": partial(_image, fit=fit), "audio": partial(_sound, mono=mono), "genome": _sequences, "text": _text, "tokens": _codes,
     }  # fmt: skip
     if modality.kind not in readers:
