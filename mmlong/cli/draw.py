@@ -34,6 +34,7 @@ PICTURED: dict[str, dict[str, Any]] = {
     "memorizing": {"segment": 8, "near": 8, "topk": 4},
     "moba": {"block": 8, "topk": 2},
     "neighborhood_2d": {"kernel": 3},
+    "neighborhood_3d": {"kernel": [3, 3, 3]},
     "nsa": {"compress": 8, "stride": 4, "block": 8, "blocks": 3, "window": 6},
     "nystromformer": {"landmarks": 8, "kernel_size": 5},
     "poolingformer": {"window": 4, "pooled_window": 16, "kernel": 3, "stride": 3},

@@ -32,7 +32,7 @@ from mmlong.mixers.forgetting import ForgettingAttention
 from mmlong.mixers.gated import GLA, HGRN2
 from mmlong.mixers.gated_recurrence import RGLRU, MinGRU, MinLSTM
 from mmlong.mixers.gmlp import GMLP
-from mmlong.mixers.grid_windows import Neighborhood2d, Swin2d
+from mmlong.mixers.grid_windows import Neighborhood2d, Neighborhood3d, Swin2d
 from mmlong.mixers.h3 import H3
 from mmlong.mixers.h_transformer import HTransformer
 from mmlong.mixers.hardcoded_gaussian import HardcodedGaussian
@@ -54,7 +54,7 @@ from mmlong.mixers.luna import Luna
 from mmlong.mixers.mamba import Mamba
 from mmlong.mixers.mamba2 import Mamba2
 from mmlong.mixers.mamba3 import Mamba3
-from mmlong.mixers.masked_conv import MaskedConv2d
+from mmlong.mixers.masked_conv import MaskedConv2d, MaskedConv3d
 from mmlong.mixers.mega import Mega
 from mmlong.mixers.memorizing import Memorizing
 from mmlong.mixers.memory_compressed import MemoryCompressed
@@ -168,6 +168,7 @@ __all__ = [
     "Mamba2",
     "Mamba3",
     "MaskedConv2d",
+    "MaskedConv3d",
     "Mega",
     "Memorizing",
     "MemoryCompressed",
@@ -177,6 +178,7 @@ __all__ = [
     "MixerMLP",
     "MoBA",
     "Neighborhood2d",
+    "Neighborhood3d",
     "Nystromformer",
     "Performer",
     "Poolingformer",

@@ -1,6 +1,6 @@
 """Attention in windows of an image with learned relative positions: Swin's windows and NAT's neighbourhoods.
 
-Both are softmax attention of a cell over a window of ``k x k`` cells, with a bias for every difference of rows and columns and head, and work and memory linear in the number of cells. What the token ``o`` sees, with windows of 3 x 3
+All are softmax attention of a cell over a window of ``k x k`` cells, with a bias for every difference of rows and columns and head, and work and memory linear in the number of cells. What the token ``o`` sees, with windows of 3 x 3
 (``swin_2d`` with and without its shift of 1, ``neighborhood_2d`` inside and at a border, where the window does not shrink)::
 
     # # # . . .    . . . . . .    . . . . . .    # # o . . .
@@ -11,6 +11,7 @@ Both are softmax attention of a cell over a window of ``k x k`` cells, with a bi
 - ``swin_2d`` follows Liu et al. 2021, "Swin Transformer" (arXiv 2103.14030): all cells of a window see all of it. A layer without a shift and one with half a window's, in turns, let windows reach each other; so use two in turns.
 - ``neighborhood_2d`` follows Hassani, Walton, Li, Li & Shi 2022, "Neighborhood Attention Transformer" (arXiv 2204.07143): every cell sees the window around it, and ``dilation`` takes the cells at multiples of so many rows and columns
   (Hassani & Shi 2022, arXiv 2209.15001).
+- ``neighborhood_3d`` is the same on a grid of three axes, as the authors' library has it: frames, height and width of a video, with so many cells along each. Its window is around a cell in time too, so it sees where things came from and where they go.
 
 The grid and its scan order are read from the layout; or from positions, if these are the cells of a grid, each once. They take whole grids, so they have neither a state nor padded rows. Without a layout a row is an image of height 1.
 
@@ -20,6 +21,7 @@ seen whole.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -39,14 +41,14 @@ class GridWindows(Mixer):
     Args:
         dim: width D.
         causal: always false.
-        side: k, cells of a window along an axis.
+        sides: cells of a window along each axis.
         heads: heads H; ``None`` for about one per 64 channels.
         head_dim: channels of a head; ``None`` for ``dim / heads``.
         bias: of the projections of queries, keys and values.
         relative: learn a bias for every offset.
 
     Raises:
-        ValueError: sizes that do not divide. When called: a grid of more than two axes, or positions that do not fill one.
+        ValueError: sizes that do not divide. When called: a grid of more axes, or positions that do not fill one.
     """
 
     def __init__(
@@ -54,13 +56,14 @@ class GridWindows(Mixer):
         dim: int,
         *,
         causal: bool,
-        side: int,
+        sides: Sequence[int],
         heads: int | None,
         head_dim: int | None,
         bias: bool,
         relative: bool,
     ) -> None:
         super().__init__(dim, causal=causal)
+        self.axes = len(sides)
         self.heads, _, self.head_dim = head_sizes(type(self).__name__, dim, heads, None, head_dim)
         inner = self.heads * self.head_dim
         self.q_proj = nn.Linear(dim, inner, bias=bias)
@@ -69,22 +72,21 @@ class GridWindows(Mixer):
         self.out_proj = nn.Linear(inner, dim)
         self.relative_bias: nn.Parameter | None = None
         if relative:
-            self.relative_bias = nn.Parameter(torch.empty(self.heads, (2 * side - 1) ** 2))
+            self.relative_bias = nn.Parameter(torch.empty(self.heads, math.prod(2 * n - 1 for n in sides)))
             nn.init.trunc_normal_(self.relative_bias, std=0.02)
 
-    def groups(self, grid: tuple[int, int]) -> Sequence[Group]:
-        """The windows of a grid."""
+    def groups(self, grid: tuple[int, ...]) -> Sequence[Group]:
+        """The windows of a grid of as many axes."""
         raise TypeError(f"{type(self).__name__} does not define groups(grid)")
 
     def state_bytes(self, length: int) -> int:
         return 0
 
     def mix(self, x: Tensor, state: State, layout: Layout | None) -> tuple[Tensor, State]:
-        raster = raster_of(layout, x.shape[1], 2, type(self).__name__)
-        height, width = raster.grid
+        raster = raster_of(layout, x.shape[1], self.axes, type(self).__name__)
         cells = raster.lay(x)
         q, k, v = (p(cells).unflatten(-1, (self.heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        y = window_attention(q, k, v, self.relative_bias, self.groups((height, width)), self.head_dim**-0.5)
+        y = window_attention(q, k, v, self.relative_bias, self.groups(raster.grid), self.head_dim**-0.5)
         return raster.unroll(self.out_proj(y.flatten(2))), None
 
 
@@ -129,11 +131,12 @@ class Swin2d(GridWindows):
     ) -> None:
         if window < 1 or not 0 <= shift < window:
             raise ValueError(f"swin_2d needs window >= 1 and 0 <= shift < window, got {window} and {shift}")
-        super().__init__(dim, causal=causal, side=window, heads=heads, head_dim=head_dim, bias=bias, relative=relative)
+        super().__init__(dim, causal=causal, sides=(window, window), heads=heads, head_dim=head_dim, bias=bias, relative=relative)
         self.window, self.shift = window, shift
 
-    def groups(self, grid: tuple[int, int]) -> Sequence[Group]:
-        return swin_groups(grid, self.window, self.shift)
+    def groups(self, grid: tuple[int, ...]) -> Sequence[Group]:
+        height, width = grid
+        return swin_groups((height, width), self.window, self.shift)
 
 
 @register_mixer(
@@ -177,8 +180,61 @@ class Neighborhood2d(GridWindows):
     ) -> None:
         if kernel < 1 or kernel % 2 == 0 or dilation < 1:
             raise ValueError(f"neighborhood_2d needs an odd kernel and dilation >= 1, got {kernel} and {dilation}")
-        super().__init__(dim, causal=causal, side=kernel, heads=heads, head_dim=head_dim, bias=bias, relative=relative)
+        super().__init__(
+            dim, causal=causal, sides=(kernel, kernel), heads=heads, head_dim=head_dim, bias=bias, relative=relative
+        )
         self.kernel, self.dilation = kernel, dilation
 
-    def groups(self, grid: tuple[int, int]) -> Sequence[Group]:
+    def groups(self, grid: tuple[int, ...]) -> Sequence[Group]:
+        return neighbourhood_groups(grid, (self.kernel, self.kernel), self.dilation)
+
+
+@register_mixer(
+    "neighborhood_3d",
+    paper="Hassani et al. 2022, arXiv 2204.07143; Hassani & Shi 2022, arXiv 2209.15001",
+    causal=False,
+    bidirectional=True,
+    streaming=False,
+    state="none",
+    cost="n",
+    grid=True,
+    padding=False,
+    resets=False,
+    note="the papers' neighbourhoods on three axes; proved against its definition in float64, cell by cell; an axis shorter than the window is seen whole",
+)
+class Neighborhood3d(GridWindows):
+    """Neighbourhoods in space and time.
+
+    Args:
+        dim: width D.
+        causal: always false.
+        kernel: cells of a window along each axis, all odd; a grid of fewer axes has the last of them.
+        dilation: steps along each axis from one cell of a window to the next.
+        heads, head_dim, bias, relative: as :class:`GridWindows`.
+
+    Raises:
+        ValueError: sizes that do not divide, other than three kernels, an even one, a dilation below 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        causal: bool = False,
+        kernel: Sequence[int] = (3, 5, 5),
+        dilation: int = 1,
+        heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = True,
+        relative: bool = True,
+    ) -> None:
+        sides = tuple(int(n) for n in kernel)
+        if len(sides) != 3 or any(n < 1 or n % 2 == 0 for n in sides) or dilation < 1:
+            raise ValueError(
+                f"neighborhood_3d needs three odd kernels and dilation >= 1, got {list(sides)} and {dilation}"
+            )
+        super().__init__(dim, causal=causal, sides=sides, heads=heads, head_dim=head_dim, bias=bias, relative=relative)
+        self.kernel, self.dilation = sides, dilation
+
+    def groups(self, grid: tuple[int, ...]) -> Sequence[Group]:
         return neighbourhood_groups(grid, self.kernel, self.dilation)

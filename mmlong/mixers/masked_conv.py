@@ -1,4 +1,4 @@
-"""Masked 2-d convolution: a pixel sees the pixels above it and to its left, as rows of a raster.
+"""Masked convolutions: a pixel sees the pixels before it that are near, as rows of a raster, of an image or of a video.
 
 The masked convolution of van den Oord, Kalchbrenner & Kavukcuoglu 2016, "Pixel Recurrent Neural Networks" (arXiv 1601.06759, mask B), as a mixer of a sequence in raster order:
 
@@ -8,12 +8,16 @@ A tap ``(dr, dc)`` is the token ``dr * width - dc`` places back, so a row of pix
 tap beyond the left or right edge, or above the first row, is nothing. Beside a recurrent mixer it gives each pixel its neighbourhood at full precision, which a
 state that has come all the way round a row keeps only roughly.
 
+``masked_conv3d`` is the same with frames as a third axis: of the own frame the taps above, and of each of the last ``frames`` frames the whole square around the pixel, which shows where things were and so how they
+move. (Video Pixel Networks, Kalchbrenner et al. 2016, arXiv 1610.00527, know earlier frames by an encoder of whole frames instead, which does not stream pixel by pixel.)
+
 Departures: the taps are full ``D x D`` matrices without the paper's grouping by colour (a token is a whole pixel here; its colours are the head's business), and the token's own
 position is seen, since an autoregressive model hands in the token before it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -24,48 +28,52 @@ from mmlong.mixers.contract import Mixer, register_mixer
 from mmlong.mixers.state import State
 
 
-@register_mixer(
-    "masked_conv2d",
-    paper="van den Oord et al. 2016, arXiv 1601.06759",
-    state="constant",
-    cost="n",
-    note="full matrices as taps, no colour grouping; rows are `width` tokens of the sequence, in raster order",
-)
-class MaskedConv2d(Mixer):
-    """A causal neighbourhood on a raster.
+class MaskedConv(Mixer):
+    """Base: a sum over tokens at fixed distances back, where these are within the raster.
 
     Args:
         dim: width D.
         causal: always true.
-        width: tokens in a row of the grid.
-        radius: R, rows above and columns to either side.
-
-    Raises:
-        ValueError: a radius below 1 or a row narrower than two radii.
+        sides: extent of the raster's axes but the first, which has no end: ``(width,)`` of images, ``(height, width)`` of videos.
+        taps: ``(..., dr, dc)``, along the axis of columns how far on a tap lies, along the others how far back; none of them later than the token.
     """
 
     optim_hints: ClassVar[dict[str, dict[str, float]]] = {"bias": {"weight_decay": 0.0}}
 
-    def __init__(self, dim: int, *, causal: bool = True, width: int = 16, radius: int = 2) -> None:
+    def __init__(self, dim: int, *, causal: bool, sides: Sequence[int], taps: Sequence[tuple[int, ...]]) -> None:
         super().__init__(dim, causal=causal)
-        if radius < 1 or width <= 2 * radius:
-            raise ValueError(f"masked_conv2d needs radius >= 1 and width > 2 * radius, got {radius} and {width}")
-        self.width, self.radius = width, radius
-        above = [(dr, dc) for dr in range(1, radius + 1) for dc in range(-radius, radius + 1)]
-        self.taps = [*above, *((0, dc) for dc in range(-radius, 1))]
-        self.reach = radius * width + radius
+        self.sides, self.taps = tuple(sides), list(taps)
+        strides = [1]
+        for side in reversed(self.sides):
+            strides.append(strides[-1] * side)
+        self.strides = strides[::-1]
+        self.backs = [self._back(tap) for tap in self.taps]
+        self.reach = max(self.backs)
         self.weight = nn.Parameter(torch.empty(len(self.taps), dim, dim))
         nn.init.uniform_(self.weight, -1, 1)
         with torch.no_grad():
             self.weight.mul_((3 / (dim * len(self.taps))) ** 0.5)
         self.bias = nn.Parameter(torch.zeros(dim))
 
+    def _back(self, tap: tuple[int, ...]) -> int:
+        """How many tokens back a tap lies."""
+        return sum(stride * step for stride, step in zip(self.strides, (*tap[:-1], -tap[-1]), strict=True))
+
+    def _inside(self, index: Tensor, tap: tuple[int, ...], back: int) -> Tensor:
+        """Bool like ``index``: where the tap is a pixel of the document, and not one round the corner."""
+        inside = index >= back
+        for side, stride, step in zip(self.sides, self.strides[1:], (*tap[1:-1], -tap[-1]), strict=True):
+            if step:
+                place = index // stride % side - step
+                inside = inside & (place >= 0) & (place < side)
+        return inside
+
     def state_bytes(self, length: int) -> int:
         """The last rows and a counter."""
         return 4 * self.reach * self.dim + 8
 
     def mix(self, x: Tensor, state: State, layout: Layout | None) -> tuple[Tensor, State]:
-        """``(B, L, D)`` to ``(B, L, D)``; the state is ``(tail (B, R width + R, D), passed (B,))``."""
+        """``(B, L, D)`` to ``(B, L, D)``; the state is ``(tail (B, reach, D), passed (B,))``."""
         batch, length, _ = x.shape
         if state is None:
             tail, passed = x.new_zeros(batch, self.reach, self.dim), x.new_zeros(batch, dtype=torch.int64)
@@ -73,14 +81,11 @@ class MaskedConv2d(Mixer):
             tail, passed = state
         line = torch.cat([tail.to(x.dtype), x], 1)
         index = document_index(passed, length, layout)  # (B or 1, L): tokens of the document before each
-        column = index % self.width
         y: Tensor | None = None
-        for tap, (dr, dc) in enumerate(self.taps):
-            back = dr * self.width - dc
-            found = line[:, self.reach - back : self.reach - back + length] @ self.weight[tap].to(x.dtype)
+        for tap, back, weight in zip(self.taps, self.backs, self.weight, strict=True):
+            found = line[:, self.reach - back : self.reach - back + length] @ weight.to(x.dtype)
             if back:
-                inside = (column + dc >= 0) & (column + dc < self.width) & (index >= back)
-                found = found * inside[..., None].to(found.dtype)
+                found = found * self._inside(index, tap, back)[..., None].to(found.dtype)
             y = found if y is None else y + found
         assert y is not None
         return y + self.bias.to(y.dtype), self._after(line, index, passed, length, layout)
@@ -93,3 +98,71 @@ class MaskedConv2d(Mixer):
         tail = line.gather(1, rows[..., None].expand(-1, -1, self.dim))
         last = index.gather(1, (valid - 1).clamp_min(0)[:, None])[:, 0] + 1
         return tail, torch.where(valid > 0, last, passed)
+
+
+def above(radius: int) -> list[tuple[int, int]]:
+    """Taps ``(dr, dc)`` of a picture: the rows above, and of the own row what is to the left, the token itself last."""
+    rows = [(dr, dc) for dr in range(1, radius + 1) for dc in range(-radius, radius + 1)]
+    return [*rows, *((0, dc) for dc in range(-radius, 1))]
+
+
+@register_mixer(
+    "masked_conv2d",
+    paper="van den Oord et al. 2016, arXiv 1601.06759",
+    state="constant",
+    cost="n",
+    note="full matrices as taps, no colour grouping; rows are `width` tokens of the sequence, in raster order",
+)
+class MaskedConv2d(MaskedConv):
+    """A causal neighbourhood on a raster.
+
+    Args:
+        dim: width D.
+        causal: always true.
+        width: tokens in a row of the grid.
+        radius: R, rows above and columns to either side.
+
+    Raises:
+        ValueError: a radius below 1 or a row narrower than two radii.
+    """
+
+    def __init__(self, dim: int, *, causal: bool = True, width: int = 16, radius: int = 2) -> None:
+        if radius < 1 or width <= 2 * radius:
+            raise ValueError(f"masked_conv2d needs radius >= 1 and width > 2 * radius, got {radius} and {width}")
+        super().__init__(dim, causal=causal, sides=(width,), taps=above(radius))
+        self.width, self.radius = width, radius
+
+
+@register_mixer(
+    "masked_conv3d",
+    paper="after van den Oord et al. 2016, arXiv 1601.06759",
+    state="constant",
+    cost="n",
+    note="the paper's mask on a raster with frames as a third axis; full matrices as taps; frames are `height * width` tokens of the sequence, in raster order",
+)
+class MaskedConv3d(MaskedConv):
+    """A causal neighbourhood on the raster of a video.
+
+    Args:
+        dim: width D.
+        causal: always true.
+        height, width: rows of a frame, and tokens in a row.
+        frames: how many frames back.
+        radius: R, in the own frame rows above and columns to either side, in earlier frames rows and columns to every side.
+
+    Raises:
+        ValueError: no frame back, a radius below 1, or a frame with a side no longer than two radii.
+    """
+
+    def __init__(
+        self, dim: int, *, causal: bool = True, height: int = 8, width: int = 8, frames: int = 1, radius: int = 1
+    ) -> None:
+        if frames < 1 or radius < 1 or min(height, width) <= 2 * radius:
+            raise ValueError(
+                f"masked_conv3d needs frames >= 1, radius >= 1 and height and width > 2 * radius, got {frames}, {radius}, {height} and {width}"
+            )
+        around = range(-radius, radius + 1)
+        earlier = [(dt, dr, dc) for dt in range(1, frames + 1) for dr in around for dc in around]
+        taps = [*earlier, *((0, *tap) for tap in above(radius))]
+        super().__init__(dim, causal=causal, sides=(height, width), taps=taps)
+        self.height, self.width, self.frames, self.radius = height, width, frames, radius

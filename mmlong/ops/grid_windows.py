@@ -4,7 +4,7 @@ Definition, for every head, with ``W_i`` the cells that cell ``i`` sees and ``b`
 
     s_ij = scale q_i . k_j + b[offset(i, j)];     y_i = sum_{j in W_i} exp(s_ij) v_j / sum_{j in W_i} exp(s_ij)
 
-``W_i`` is a product of an interval of rows and one of columns. So patterns are written for one axis (:class:`AxisTiles`), and the grid's tiles are the products of both. Tiles that are alike but for where they lie make a :class:`Group`, which has one
+``W_i`` is a product of an interval of each axis. So patterns are written for one axis (:class:`AxisTiles`), and the grid's tiles are the products of all. Tiles that are alike but for where they lie make a :class:`Group`, which has one
 matrix of biases; there are few groups, and all but one are at the borders. Cells move as whole rows of all heads. The backward is written out and computes a tile's weights ``P`` again:
 
     dV_j = sum_i P_ij dY_i;   dS_ij = P_ij (dY_i . V_j - dY_i . Y_i);   dQ_i = scale sum_j dS_ij K_j;   dK_j = scale sum_i dS_ij Q_i;   db[o] = sum of dS_ij with offset o
@@ -91,15 +91,15 @@ def shifted_windows(n: int, window: int, shift: int) -> tuple[AxisTiles, ...]:
     return _alike(tiles)
 
 
-def neighbourhoods(n: int, kernel: int, dilation: int) -> tuple[AxisTiles, ...]:
+def neighbourhoods(n: int, kernel: int, dilation: int, side: int = SIDE) -> tuple[AxisTiles, ...]:
     """The nearest ``kernel`` cells of an axis of ``n`` at distances that ``dilation`` divides, all where there are fewer. Offsets are of the key from the query, in steps, and ``kernel - 1``."""
     tiles = []
     for first in range(min(dilation, n)):
         line = np.arange(first, n, dilation)
         m = len(line)
         width = min(kernel, m)
-        for a in range(0, m, SIDE):
-            i = np.arange(a, min(a + SIDE, m))
+        for a in range(0, m, side):
+            i = np.arange(a, min(a + side, m))
             start = np.clip(i - kernel // 2, 0, m - width)
             j = np.arange(start[0], start[-1] + width)
             seen = (j >= start[:, None]) & (j < start[:, None] + width)
@@ -108,19 +108,23 @@ def neighbourhoods(n: int, kernel: int, dilation: int) -> tuple[AxisTiles, ...]:
     return _alike(tiles)
 
 
-def groups_of(rows: Sequence[AxisTiles], columns: Sequence[AxisTiles], width: int, offsets: int) -> tuple[Group, ...]:
-    """The tiles of a grid of ``width`` columns; a table has ``offsets`` columns of offsets, so many as rows of them."""
-    found = []
-    for a in rows:
-        for b in columns:
-            queries, keys = (
-                (r[:, None, :, None] * width + c[None, :, None, :]).reshape(len(r) * len(c), -1)
-                for r, c in ((a.queries, b.queries), (a.keys, b.keys))
-            )
-            size = (queries.shape[1], keys.shape[1])
-            table = (a.offsets[:, None, :, None] * offsets + b.offsets[None, :, None, :]).reshape(size)
-            seen = (a.seen[:, None, :, None] & b.seen[None, :, None, :]).reshape(size)
-            found.append(Group(queries, keys, table, seen))
+def _product(a: AxisTiles | Group, b: AxisTiles, extent: int, offsets: int) -> Group:
+    """Tiles of the axes so far with those of one axis more, which has ``extent`` cells and a table of ``offsets``."""
+    queries, keys = (
+        (r[:, None, :, None] * extent + c[None, :, None, :]).reshape(len(r) * len(c), -1)
+        for r, c in ((a.queries, b.queries), (a.keys, b.keys))
+    )
+    size = (queries.shape[1], keys.shape[1])
+    table = (a.offsets[:, None, :, None] * offsets + b.offsets[None, :, None, :]).reshape(size)
+    seen = (a.seen[:, None, :, None] & b.seen[None, :, None, :]).reshape(size)
+    return Group(queries, keys, table, seen)
+
+
+def groups_of(tiles: Sequence[Sequence[AxisTiles]], grid: Sequence[int], offsets: Sequence[int]) -> tuple[Group, ...]:
+    """The tiles of a grid, of each axis its own; a table has a place for every offset of all axes together, the last axis fastest."""
+    found: list[Group] = [Group(t.queries, t.keys, t.offsets, t.seen) for t in tiles[0]]
+    for line, extent, count in zip(tiles[1:], grid[1:], offsets[1:], strict=True):
+        found = [_product(a, b, extent, count) for a in found for b in line]
     return tuple(found)
 
 
@@ -129,15 +133,16 @@ def groups_of(rows: Sequence[AxisTiles], columns: Sequence[AxisTiles], width: in
 def swin_groups(grid: tuple[int, int], window: int, shift: int) -> tuple[Group, ...]:
     """Swin's windows of a grid."""
     rows, columns = (shifted_windows(n, window, shift) for n in grid)
-    return groups_of(rows, columns, grid[1], 2 * window - 1)
+    return groups_of((rows, columns), grid, (2 * window - 1,) * 2)
 
 
 @torch.compiler.disable
 @lru_cache(maxsize=32)
-def neighbourhood_groups(grid: tuple[int, int], kernel: int, dilation: int) -> tuple[Group, ...]:
-    """NAT's windows of a grid."""
-    rows, columns = (neighbourhoods(n, kernel, dilation) for n in grid)
-    return groups_of(rows, columns, grid[1], 2 * kernel - 1)
+def neighbourhood_groups(grid: tuple[int, ...], kernel: tuple[int, ...], dilation: int) -> tuple[Group, ...]:
+    """NAT's windows of a grid, so many cells along each axis."""
+    side = SIDE if len(grid) < 3 else SIDE // 2  # a cube of eight has more keys that a cell does not see than such that it does
+    tiles = [neighbourhoods(n, k, dilation, side) for n, k in zip(grid, kernel, strict=True)]
+    return groups_of(tiles, grid, [2 * k - 1 for k in kernel])
 
 
 def window_attention_reference(

@@ -138,6 +138,9 @@ NEARER: dict[str, Nearer] = {
     "neighborhood_2d": Nearer(
         {"heads": 2, "kernel": 3, "dilation": 2}, {"mmlong.ops.grid_windows.TILE_ELEMENTS": 1 << 10}
     ),
+    "neighborhood_3d": Nearer(
+        {"heads": 2, "kernel": [1, 3, 5], "dilation": 2}, {"mmlong.ops.grid_windows.TILE_ELEMENTS": 1 << 10}
+    ),
     "swin_2d": Nearer({"heads": 2, "window": 4, "shift": 2}, {"mmlong.ops.grid_windows.TILE_ELEMENTS": 1 << 9}),
     "min_gru": Nearer({}, SCANNED),
     "min_lstm": Nearer({"candidate": "positive", "expand": 1.5}, SCANNED),

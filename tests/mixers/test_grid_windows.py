@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from transformers.models.swin.modeling_swin import SwinLayer
 
 from mmlong.layout import Layout, scan_order
 from mmlong.measure.pattern import seen_by
-from mmlong.mixers import Neighborhood2d, Swin2d, create_mixer
+from mmlong.mixers import Neighborhood2d, Neighborhood3d, Swin2d, create_mixer
 
 
 def make(kind: Any, **options: Any) -> Any:
@@ -73,14 +74,18 @@ def test_swin_against_transformers(
 
 def attended(m: Any, x: Tensor, width: int, seen: Callable[[int, int], list[tuple[int, int, int]]]) -> Tensor:
     """Softmax at every cell over what it sees: rows, columns and offsets."""
+    return attended_cells(m, x, lambda i: [(r * width + c, offset) for r, c, offset in seen(*divmod(i, width))])
+
+
+def attended_cells(m: Any, x: Tensor, seen: Callable[[int], list[tuple[int, int]]]) -> Tensor:
+    """The same of cells and offsets."""
     q, k, v = (p(x).unflatten(-1, (m.heads, -1)) for p in (m.q_proj, m.k_proj, m.v_proj))
     out = []
     for i in range(x.shape[1]):
-        found = seen(*divmod(i, width))
-        places = [r * width + c for r, c, _ in found]
-        scores = torch.einsum("bhd,bshd->bhs", q[:, i], k[:, places]) / math.sqrt(m.head_dim)
-        scores = scores + m.relative_bias[:, [o for *_, o in found]]
-        out.append(torch.einsum("bhs,bshd->bhd", scores.softmax(-1), v[:, places]).flatten(1))
+        places, offsets = zip(*seen(i), strict=True)
+        scores = torch.einsum("bhd,bshd->bhs", q[:, i], k[:, list(places)]) / math.sqrt(m.head_dim)
+        scores = scores + m.relative_bias[:, list(offsets)]
+        out.append(torch.einsum("bhs,bshd->bhd", scores.softmax(-1), v[:, list(places)]).flatten(1))
     return m.out_proj(torch.stack(out, 1))
 
 
@@ -125,6 +130,39 @@ def test_neighbourhoods_are_their_definition(
 
     image = torch.zeros_like(x).index_copy(1, cells, x)
     expected = attended(m, image, W, seen)[:, cells]
+    same_as(m, x, m(x, None, Layout(grid=grid, order=order)), (expected, None), 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("grid", "kernel", "dilation", "order"),
+    [
+        ((4, 6, 5), (3, 3, 3), 1, "raster"),
+        ((3, 5, 7), (1, 3, 5), 1, "hilbert"),
+        ((7, 6, 6), (3, 1, 3), 2, "raster"),
+        ((2, 9, 3), (5, 3, 3), 1, "morton"),
+    ],
+)
+@pytest.mark.oracle("definition: cell by cell", "neighborhood_3d")
+def test_neighbourhoods_in_space_and_time_are_their_definition(
+    same_as: Callable[..., None], grid: tuple[int, ...], kernel: tuple[int, ...], dilation: int, order: str
+) -> None:
+    m = make(Neighborhood3d, kernel=kernel, dilation=dilation)
+    cells = scan_order(grid, order)
+    x = torch.randn(2, math.prod(grid), 12, dtype=torch.float64, requires_grad=True)
+    numbers = torch.arange(math.prod(grid)).view(grid)
+
+    def seen(i: int) -> list[tuple[int, int]]:
+        place = [int(n) for n in torch.unravel_index(torch.tensor(i), grid)]
+        found = []
+        for cell in itertools.product(*(near(p, n, k, dilation) for p, n, k in zip(place, grid, kernel, strict=True))):
+            offset = 0
+            for there, here, k in zip(cell, place, kernel, strict=True):
+                offset = offset * (2 * k - 1) + (there - here) // dilation + k - 1
+            found.append((int(numbers[cell]), offset))
+        return found
+
+    video = torch.zeros_like(x).index_copy(1, cells, x)
+    expected = attended_cells(m, video, seen)[:, cells]
     same_as(m, x, m(x, None, Layout(grid=grid, order=order)), (expected, None), 1e-10)
 
 
@@ -178,6 +216,8 @@ def test_impossible_options_and_layouts() -> None:
         ("neighborhood_2d", {"kernel": 4}, "odd kernel"),
         ("neighborhood_2d", {"dilation": 0}, "dilation >= 1"),
         ("neighborhood_2d", {"heads": 3}, "divide"),
+        ("neighborhood_3d", {"kernel": [3, 3]}, "three odd kernels"),
+        ("neighborhood_3d", {"kernel": [3, 4, 3]}, "three odd kernels"),
     ):
         with pytest.raises(ValueError, match=words):
             create_mixer(name, 8, **options)

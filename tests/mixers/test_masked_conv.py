@@ -1,4 +1,4 @@
-"""The masked convolution against torch's conv2d with a masked kernel."""
+"""The masked convolutions against torch's conv2d and conv3d with masked kernels."""
 
 from __future__ import annotations
 
@@ -40,9 +40,48 @@ def test_it_is_the_masked_convolution(held: Any, height: int, width: int, radius
     torch.testing.assert_close(found, expected)
 
 
-def test_documents_begin_a_raster_of_their_own() -> None:
+def by_conv3d(mixer: torch.nn.Module, x: torch.Tensor, frames: int) -> torch.Tensor:
+    back, radius, dim = mixer.frames, mixer.radius, x.shape[-1]
+    kernel = torch.zeros(dim, dim, back + 1, 2 * radius + 1, 2 * radius + 1, dtype=x.dtype)
+    for tap, (dt, dr, dc) in enumerate(mixer.taps):
+        kernel[:, :, back - dt, radius - dr, radius + dc] = mixer.weight[tap].T
+    video = x.transpose(1, 2).unflatten(2, (frames, mixer.height, mixer.width))
+    y = F.conv3d(F.pad(video, (radius, radius, radius, radius, back, 0)), kernel, mixer.bias)
+    return y.flatten(2).transpose(1, 2)
+
+
+.mark.parametrize(
+    ("frames", "size", "back", "radius"), [(1, (3, 4), 1, 1), (4, (3, 5), 2, 1), (3, (5, 7), 1, 2), (5, (3, 3), 3, 1)]
+)
+.mark.parametrize("batch", [1, 3])
+.mark.oracle("torch: conv3d with a masked kernel", "masked_conv3d")
+def test_it_is_the_masked_convolution_of_a_video(
+    held: Any, frames: int, size: tuple[int, int], back: int, radius: int, batch: int
+) -> None:
     torch.manual_seed(0)
-    mixer = create_mixer("masked_conv2d", 4, width=5).double()
+    height, width = size
+    mixer = create_mixer("masked_conv3d", 6, height=height, width=width, frames=back, radius=radius).double()
+    torch.nn.init.normal_(mixer.bias)
+    assert len(mixer.taps) == back * (2 * radius + 1) ** 2 + 2 * radius * (radius + 1) + 1
+    length = frames * height * width
+    x = torch.randn(batch, length, 6, dtype=torch.float64, requires_grad=True)
+    y, state = mixer(x)
+    wanted = by_conv3d(mixer, x, frames)
+    tail = F.pad(x, (0, 0, mixer.reach, 0))[:, -mixer.reach :]
+    held(x, (y, state), (wanted, (tail, torch.full((batch,), length))))
+    torch.testing.assert_close(y, wanted)
+    weight = torch.randn_like(y)
+    (found,) = torch.autograd.grad((y * weight).sum(), x)
+    (expected,) = torch.autograd.grad((wanted * weight).sum(), x)
+    torch.testing.assert_close(found, expected)
+
+
+.mark.parametrize(
+    ("name", "options"), [("masked_conv2d", {"width": 5}), ("masked_conv3d", {"height": 3, "width": 3})]
+)
+def test_documents_begin_a_raster_of_their_own(name: str, options: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    mixer = create_mixer(name, 4, **options).double()
     a, b = torch.randn(1, 13, 4, dtype=torch.float64), torch.randn(1, 17, 4, dtype=torch.float64)
     resets = torch.zeros(1, 30, dtype=torch.bool)
     resets[0, 13] = True
@@ -53,3 +92,9 @@ def test_documents_begin_a_raster_of_their_own() -> None:
 def test_a_row_must_be_wider_than_the_neighbourhood() -> None:
     with pytest.raises(ValueError, match="width > 2"):
         create_mixer("masked_conv2d", 4, width=4, radius=2)
+
+
+@pytest.mark.parametrize("options", [{"height": 2}, {"width": 4, "radius": 2}, {"frames": 0}])
+def test_a_frame_must_be_larger_than_the_neighbourhood(options: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="frames >= 1, radius >= 1 and height and width > 2"):
+        create_mixer("masked_conv3d", 4, **options)

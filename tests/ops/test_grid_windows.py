@@ -19,29 +19,31 @@ from mmlong.ops.grid_windows import (
 )
 
 GROUPS: list[tuple[str, Any, int]] = [
-    ("swin", swin_groups((7, 10), 3, 0), 5),
-    ("swin, shifted", swin_groups((9, 6), 4, 3), 7),
-    ("neighbours", neighbourhood_groups((11, 20), 5, 1), 9),
-    ("neighbours, dilated", neighbourhood_groups((9, 11), 3, 3), 5),
-    ("a line", neighbourhood_groups((1, 40), 7, 1), 13),
-    ("one cell", neighbourhood_groups((1, 1), 3, 2), 5),
+    ("swin", swin_groups((7, 10), 3, 0), 25),
+    ("swin, shifted", swin_groups((9, 6), 4, 3), 49),
+    ("neighbours", neighbourhood_groups((11, 20), (5, 5), 1), 81),
+    ("neighbours, dilated", neighbourhood_groups((9, 11), (3, 3), 3), 25),
+    ("a line", neighbourhood_groups((1, 40), (7, 7), 1), 169),
+    ("one cell", neighbourhood_groups((1, 1), (3, 3), 2), 25),
+    ("neighbours in a cube", neighbourhood_groups((6, 5, 9), (3, 3, 3), 1), 125),
+    ("frames", neighbourhood_groups((2, 7, 6), (3, 1, 5), 2), 45),
 ]
 
 
-@pytest.mark.parametrize(("groups", "offsets"), [pytest.param(g, n, id=name) for name, g, n in GROUPS])
-def test_every_cell_is_a_query_once(groups: Any, offsets: int) -> None:
+@pytest.mark.parametrize(("groups", "places"), [pytest.param(g, n, id=name) for name, g, n in GROUPS])
+def test_every_cell_is_a_query_once(groups: Any, places: int) -> None:
     queries = np.concatenate([g.queries.reshape(-1) for g in groups])
     assert np.array_equal(np.sort(queries), np.arange(len(queries)))
     for group in groups:
         assert bool(group.seen.any(1).all()), "a query without a key"
-        assert 0 <= group.offsets.min() <= group.offsets.max() < offsets**2
+        assert 0 <= group.offsets.min() <= group.offsets.max() < places
 
 
 @pytest.mark.parametrize("tile", [1 << 19, 1 << 8])
 @pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize(("groups", "offsets"), [pytest.param(g, n, id=name) for name, g, n in GROUPS])
+@pytest.mark.parametrize(("groups", "places"), [pytest.param(g, n, id=name) for name, g, n in GROUPS])
 def test_tiles_are_the_definition(
-    groups: Any, offsets: int, biased: bool, tile: int, monkeypatch: pytest.MonkeyPatch
+    groups: Any, places: int, biased: bool, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mmlong.ops.grid_windows.TILE_ELEMENTS", tile)
     torch.manual_seed(0)
@@ -49,7 +51,7 @@ def test_tiles_are_the_definition(
     leaves = [torch.randn(2, L, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     table: Tensor | None = None
     if biased:
-        table = torch.randn(3, offsets**2, dtype=torch.float64, requires_grad=True)
+        table = torch.randn(3, places, dtype=torch.float64, requires_grad=True)
         leaves.append(table)
     q, k, v = leaves[:3]
     y, expected = (f(q, k, v, table, groups, 0.7) for f in (window_attention, window_attention_reference))

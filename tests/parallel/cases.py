@@ -26,6 +26,7 @@ OPTIONS: dict[str, Any] = {
     "gmlp": {"max_length": 32},
     "local": {"window": 5},
     "masked_conv2d": {"width": 6, "radius": 1},
+    "masked_conv3d": {"height": 3, "width": 3},
     "synthesizer_dense": {"max_length": 32},
     "synthesizer_random": {"max_length": 32},
 }
