@@ -3,13 +3,17 @@
 A document is an array ``(*lead, T)``: ``lead`` is the same for a whole dataset, and ``T``, what a modality counts lengths by, is each document's own. ``(C, T)`` are the channels of a series, ``(3, T)`` the points of a cloud,
 ``(C, F, H, W)`` the frames of a video. A packed member holds the numbers with ``T`` first, little-endian, so that a stretch of a document is a stretch of its bytes.
 
-One change can be made to a sample on its way into training, drawn from (seed, epoch, sample id) and nothing else, see `mmlong.datamodules.augment`:
+Changes can be made to a sample on its way into training, drawn from (seed, epoch, sample id) and nothing else, see `mmlong.datamodules.augment`:
 
-==== ====== ===================================================================
-name amount what it does
-==== ====== ===================================================================
-drop 0.1    each place along ``T`` is left out with this chance; one always stays
-==== ====== ===================================================================
+========= ====== ==============================================================================================
+name      amount what it does
+========= ====== ==============================================================================================
+drop      0.1    each place along ``T`` is left out with this chance; one always stays
+turn      10     of points: turn the first two axes by up to so many degrees either way
+stretch   0.1    of points: each of the first two axes by a factor of its own in [1 - amount, 1 + amount]
+transpose 5      of music (`mmlong.modalities.music`): all notes by one number of half tones up to so many either way,
+                 as far as 0 to 127 allows
+========= ====== ==============================================================================================
 """
 
 from __future__ import annotations
@@ -131,13 +135,47 @@ def _drop(array: np.ndarray, draw: np.random.Generator, amount: float) -> np.nda
     return array[..., kept]
 
 
-ARRAY_CHANGES: dict[str, tuple[Change, float]] = {"drop": (_drop, 0.1)}
+def _turn(array: np.ndarray, draw: np.random.Generator, amount: float) -> np.ndarray:
+    angle = math.radians(amount) * (2 * draw.random() - 1)
+    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    return _moved(array, turn, "turn")
+
+
+def _stretch(array: np.ndarray, draw: np.random.Generator, amount: float) -> np.ndarray:
+    return _moved(array, np.diag(1 + amount * (2 * draw.random(2) - 1)), "stretch")
+
+
+def _moved(array: np.ndarray, matrix: np.ndarray, name: str) -> np.ndarray:
+    """Points with their first two numbers through a matrix."""
+    if array.dtype.kind != "f" or array.ndim != 2 or len(array) < 2:
+        raise ValueError(f"augment: {name} is for points, float (2 or more, T), not {array.dtype} {array.shape}")
+    return np.concatenate([matrix.astype(array.dtype) @ array[:2], array[2:]])
+
+
+def _transpose(array: np.ndarray, draw: np.random.Generator, amount: float) -> np.ndarray:
+    if array.dtype != np.uint8:
+        raise ValueError(f"augment: transpose is for music, uint8 (V, T), not {array.dtype} {array.shape}")
+    by, notes = int(draw.integers(-int(amount), int(amount) + 1)), array < 128
+    pitches = array[notes].astype(int)
+    if not pitches.size or pitches.min() + by < 0 or pitches.max() + by > 127:
+        return array
+    changed = array.copy()
+    changed[notes] = (pitches + by).astype(np.uint8)
+    return changed
+
+
+ARRAY_CHANGES: dict[str, tuple[Change, float]] = {
+    "drop": (_drop, 0.1),
+    "turn": (_turn, 10),
+    "stretch": (_stretch, 0.1),
+    "transpose": (_transpose, 5),
+}
 
 
 class ArrayDataModule(SequenceDataModule):
     """Arrays, whole or as one stream.
 
-    The arguments are those of `SequenceDataModule`, counted along the last axis; ``augment`` takes the changes above. Known datasets are ``waves`` (drawn), ``digit-points``, ``digit-series`` and ``pans``; a folder of ``.npy`` files is packed by
+    The arguments are those of `SequenceDataModule`, counted along the last axis; ``augment`` takes the changes above. Known datasets are ``waves`` (drawn), ``digit-points``, ``digit-series``, ``chorales``, ``clips`` and ``pans``; a folder of ``.npy`` files is packed by
     ``mmlong pack array``.
 
     ``raw`` is ``(B, *lead, T)`` of the dataset's own type.

@@ -29,6 +29,8 @@ MODULES: dict[str, str] = {
     "digit-points": "digit_points",
     "digit-series": "digit_series",
     "pans": "pans",
+    "clips": "clips",
+    "chorales": "chorales",
     "chromosome": "chromosome",
     "binding": "binding",
     "families": "families",

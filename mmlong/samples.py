@@ -1,4 +1,4 @@
-"""Raw tensors as files that people open: pictures, videos, sounds, sequences, texts; arrays of what is none of these."""
+"""Raw tensors as files that people open: pictures, videos, sounds, sequences, music, texts; arrays of what is none of these."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmlong.midi import midi_bytes
 from mmlong.modalities import Modality
+from mmlong.modalities.music import REST
 
 
 def write_samples(modality: Modality, raw: Tensor, folder: Path, stem: str = "samples") -> list[Path]:
@@ -26,7 +28,7 @@ def write_samples(modality: Modality, raw: Tensor, folder: Path, stem: str = "sa
         stem: of the names.
 
     Returns:
-        the files: one PNG sheet of all images, one animated GIF a video, one WAV a sound, one FASTA of all sequences, one text a row (bytes as they are), one file a row of codes (whole numbers with spaces between); of any other kind one ``.npy`` of the batch.
+        the files: one PNG sheet of all images, one animated GIF a video, one WAV a sound, one FASTA of all sequences, one MIDI file a piece of music, one text a row (bytes as they are), one file a row of codes (whole numbers with spaces between); of any other kind one ``.npy`` of the batch.
     """
     writer = WRITERS.get(modality.kind, _arrays)
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,6 +103,14 @@ def _sequences(modality: Modality, raw: Tensor, folder: Path, stem: str) -> list
     return [_whole(folder / f"{stem}.fa", partial(Path.write_text, data="\n".join(lines) + "\n"))]
 
 
+def _music(modality: Modality, raw: Tensor, folder: Path, stem: str) -> list[Path]:
+    found = []
+    for place, voices in enumerate(raw.tolist()):
+        write = partial(Path.write_bytes, data=midi_bytes(voices, REST))
+        found.append(_whole(folder / f"{stem}-{place}.mid", write))
+    return found
+
+
 def _texts(modality: Modality, raw: Tensor, folder: Path, stem: str) -> list[Path]:
     found = []
     for place, row in enumerate(raw.to(torch.uint8)):
@@ -121,6 +131,7 @@ WRITERS: dict[str, Callable[[Modality, Tensor, Path, str], list[Path]]] = {
     "video": _videos,
     "audio": _sounds,
     "genome": _sequences,
+    "music": _music,
     "text": _texts,
     "tokens": _codes,
 }

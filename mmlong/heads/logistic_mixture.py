@@ -66,9 +66,10 @@ class LogisticMixtureHead(Head):
         bias[1 + self.channels : 1 + 2 * self.channels] = torch.linspace(math.log(0.01), math.log(0.3), self.mixtures)
 
     def move(self, prediction: Tensor, by: Tensor) -> Tensor:
-        """The prediction with every mean moved by ``by (B, L, C)``; channel by channel, so that ``by`` needs no knowledge of the others."""
+        """The prediction with every mean moved by ``by``, ``(B, L, C)``, or ``(B, L, C, K)`` for each component its own; channel by channel, so that ``by`` needs no knowledge of the others."""
         parts = prediction.unflatten(-1, (-1, self.mixtures))
-        moved = parts[..., 1 : 1 + self.channels, :] + by.to(parts.dtype)[..., None]
+        by = by if by.ndim == parts.ndim else by[..., None]
+        moved = parts[..., 1 : 1 + self.channels, :] + by.to(parts.dtype)
         return torch.cat([parts[..., :1, :], moved, parts[..., 1 + self.channels :, :]], -2).flatten(-2)
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from mmlong.modalities.genome import GenomeModality
 from mmlong.modalities.image import ImageModality
 from mmlong.modalities.image_bytes import ImageBytesModality
 from mmlong.modalities.image_palette import ImagePaletteModality, fit_palette
+from mmlong.modalities.music import MusicModality
 from mmlong.modalities.points import PointsModality
 from mmlong.modalities.series import SeriesModality
 from mmlong.modalities.text import TextModality
@@ -24,6 +25,7 @@ __all__ = [
     "ImagePaletteModality",
     "Modality",
     "MuLawModality",
+    "MusicModality",
     "PointsModality",
     "SeriesModality",
     "TextModality",

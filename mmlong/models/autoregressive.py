@@ -33,13 +33,13 @@ class AutoregressiveModel(Voice, Model):
     Args:
         config: see :class:`mmlong.models.Model`; the backbone causal, the head one that predicts every token. ``head`` may be left out: ``categorical`` for a
             modality of codes, else ``logistic_mixture``, with the modality's numbers. ``linear_prediction``, a list of offsets, moves the means of a mixture by a
-            linear function of the tokens that far back. ``start``, a code, stands before the first token in place of a learned vector: what published models call the beginning of a sequence.
+            linear function of the tokens that far back. With ``linear_each: true`` each component of the mixture has one of its own. ``start``, a code, stands before the first token in place of a learned vector: what published models call the beginning of a sequence.
 
     Raises:
         ValueError: the backbone does not stream, the head predicts no tokens, the modality's tokens have no probability, linear prediction of codes, or a start that is no code.
     """
 
-    own_parts = ("linear_prediction", "start")
+    own_parts = ("linear_prediction", "linear_each", "start")
 
     def __init__(self, config: Config) -> None:
         config = {"head": {}, **config, "kind": "autoregressive"}
@@ -50,6 +50,7 @@ class AutoregressiveModel(Voice, Model):
             self.config["head"]["name"],
             self.config.get("linear_prediction"),
             self.config.get("start"),
+            bool(self.config.get("linear_each")),
         )
 
     def complete_head(self, head: dict[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class Voice:
     linear: LinearPrediction | None
 
     def find_voice(
-        self, dim: int, head_name: str, offsets: Sequence[int] | None, start_code: int | None = None
+        self, dim: int, head_name: str, offsets: Sequence[int] | None, start_code: int | None = None, each: bool = False
     ) -> None:
         """Make what stands beside modality and head, which are there already.
 
@@ -59,6 +59,7 @@ class Voice:
             head_name: for messages.
             offsets: of the linear prediction; ``None`` or empty: none.
             start_code: stands before the first token in place of a learned vector.
+            each: whether each component of the mixture has a linear function of its own.
 
         Raises:
             ValueError: the head predicts no tokens, linear prediction of codes, or a start that is no code.
@@ -81,7 +82,7 @@ class Voice:
                 raise ValueError(
                     "linear_prediction moves the means of head logistic_mixture; codes have no order to predict along"
                 )
-            self.linear = LinearPrediction(self.modality.channels, offsets)
+            self.linear = LinearPrediction(self.modality.channels, offsets, self.head.mixtures if each else None)
             self.head.centre()
 
     def start_vector(self) -> Tensor:

@@ -57,6 +57,7 @@ class AutoregressTask(Task):
         modality, backbone, optim, compile, data_info, backbone_from, freeze_backbone: see :class:`mmlong.tasks.base.Task`. The backbone's direction is ``causal``.
         head: ``{name: ..., option: ...}``; left out, ``categorical`` for codes and ``logistic_mixture`` for numbers.
         linear_prediction: offsets of tokens that move the means of a mixture linearly; see :mod:`mmlong.models.linear_prediction`.
+        linear_each: give each component of the mixture a linear prediction of its own.
         segment: tokens in a piece of a training or evaluation step; null: the whole row at once.
         keep: of the states between pieces, keep every so many-th, or ``sqrt``, and compute the others again: for states that are large or grow.
         truncate: cut the gradient between pieces (truncated back-propagation through time).
@@ -78,6 +79,7 @@ class AutoregressTask(Task):
         optim: OptimConfig | None = None,
         compile: bool = False,
         linear_prediction: list[int] | None = None,
+        linear_each: bool = False,
         segment: int | None = None,
         keep: int | Literal["sqrt"] = 1,
         truncate: bool = False,
@@ -95,6 +97,8 @@ class AutoregressTask(Task):
             raise ValueError("model.keep and model.truncate are about what is between segments: set model.segment too")
         info = {key: value for key, value in (data_info or {}).items() if key == "modality"}
         own = {"linear_prediction": list(linear_prediction)} if linear_prediction else {}
+        if linear_each:
+            own["linear_each"] = True
         super().__init__(
             modality, backbone, head or {}, optim, compile, info, backbone_from, freeze_backbone, model_parts=own
         )

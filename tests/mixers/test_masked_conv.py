@@ -50,11 +50,11 @@ def by_conv3d(mixer: torch.nn.Module, x: torch.Tensor, frames: int) -> torch.Ten
     return y.flatten(2).transpose(1, 2)
 
 
-.mark.parametrize(
+@pytest.mark.parametrize(
     ("frames", "size", "back", "radius"), [(1, (3, 4), 1, 1), (4, (3, 5), 2, 1), (3, (5, 7), 1, 2), (5, (3, 3), 3, 1)]
 )
-.mark.parametrize("batch", [1, 3])
-.mark.oracle("torch: conv3d with a masked kernel", "masked_conv3d")
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.oracle("torch: conv3d with a masked kernel", "masked_conv3d")
 def test_it_is_the_masked_convolution_of_a_video(
     held: Any, frames: int, size: tuple[int, int], back: int, radius: int, batch: int
 ) -> None:
@@ -76,7 +76,7 @@ def test_it_is_the_masked_convolution_of_a_video(
     torch.testing.assert_close(found, expected)
 
 
-.mark.parametrize(
+@pytest.mark.parametrize(
     ("name", "options"), [("masked_conv2d", {"width": 5}), ("masked_conv3d", {"height": 3, "width": 3})]
 )
 def test_documents_begin_a_raster_of_their_own(name: str, options: dict[str, int]) -> None:

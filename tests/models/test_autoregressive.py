@@ -169,12 +169,13 @@ def test_images_of_real_values() -> None:
         generate(module, 16, half)
 
 
+@pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("offsets", [[1], [1, 6, 7, 5]])
-def test_linear_prediction_moves_the_means(offsets: list[int]) -> None:
+def test_linear_prediction_moves_the_means(offsets: list[int], each: bool) -> None:
     torch.manual_seed(0)
     config = {
         "kind": "autoregressive", "modality": {"name": "image", "size": [5, 6], "channels": 3, "order": "raster"},
-        "backbone": {"dim": 8, "depth": 1}, "linear_prediction": offsets,
+        "backbone": {"dim": 8, "depth": 1}, "linear_prediction": offsets, "linear_each": each,
     }  # fmt: skip
     module = build_model(config).double().eval()
     assert isinstance(module, AutoregressiveModel)
@@ -184,14 +185,16 @@ def test_linear_prediction_moves_the_means(offsets: list[int]) -> None:
         whole, final = module(tokens)
         # The definition: the means move by a sum over earlier tokens of the same picture.
         plain = module.forward_head(module.forward_features(tokens)[0])
-        moved = torch.zeros_like(tokens)
-        for t in range(30):
-            for offset, weight in zip(offsets, module.linear.weight, strict=True):
-                if t >= offset:
-                    moved[:, t] += tokens[:, t - offset] @ weight.T
         k = module.head.mixtures
+        weights = module.linear.weight  # of each component, (offsets, 3, k, 3)
+        weights = weights if each else weights[:, :, None].expand(-1, -1, k, -1)
+        moved = tokens.new_zeros(2, 30, 3, k)
+        for t in range(30):
+            for offset, weight in zip(offsets, weights, strict=True):
+                if t >= offset:
+                    moved[:, t] += torch.einsum("ckd,bd->bck", weight, tokens[:, t - offset])
         wanted = plain.clone()
-        wanted[..., k : 4 * k] += moved.repeat_interleave(k, -1)
+        wanted[..., k : 4 * k] += moved.flatten(2)
         torch.testing.assert_close(whole, wanted)
         first, state = module(tokens[:, :4])
         rest, state = module(tokens[:, 4:], state)

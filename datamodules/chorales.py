@@ -1,0 +1,61 @@
+"""Bach's four-part chorales, from the files of the installed package music21: symbolic music of four voices.
+
+uint8 ``(4, T)``, soprano, alto, tenor, bass, a step a sixteenth: a pitch that begins, 128 (goes on) or 129 (rest), see `mmlong.modalities.music`. Taken are the scores of ``music21/corpus/bach`` with four parts that fit the grid (`mmlong.datamodules.musicxml`); the others have instruments beside the choir, chords, or notes off
+the grid. Chorales on one tune, which Bach set up to eight times, are one group and never part: alike is a soprano that goes by the same intervals for its first :data:`TUNE` notes.
+
+Source: the encodings of music21's corpus; the music is in the public domain.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from .arrays import ArrayStorage, array_source
+from .errors import BadSampleError, DataError
+from .musicxml import HOLD, REST, read_score, voices
+from .records import KnownSequences, Record, SequenceSource
+from .sources import package_folder
+
+INSTALL = "pip install --no-deps music21==9.9.1"  # what it would bring along is not needed: it is never imported
+TUNE = 8
+STORAGE = ArrayStorage("uint8", (4,))
+
+
+def load(given: str | Path | None = None) -> SequenceSource:
+    """List the chorales.
+
+    Args:
+        given: the folder ``bach``; that of the installed package if not given.
+
+    Raises:
+        DataError: the package is missing, or its files are not the ones that were published.
+    """
+    folder = Path(given) if given is not None else package_folder("music21", "music21", INSTALL) / "corpus" / "bach"
+    records = []
+    for file in sorted(folder.glob("*.mxl")):
+        score = read_score(file.read_bytes(), file.name)
+        if len(score.findall("part")) != 4:
+            continue
+        try:
+            grid = voices(score, file.name)
+        except BadSampleError:
+            continue
+        records.append(Record(file.name, partial(STORAGE.pack, grid, file.name), group=tune(grid)))
+    return array_source("chorales", STORAGE, records, KNOWN)
+
+
+def tune(grid: np.ndarray) -> str:
+    """The intervals by which the first voice begins."""
+    pitches = grid[0][grid[0] < HOLD].astype(int)
+    return hashlib.sha256(np.diff(pitches[: TUNE + 1]).tobytes()).hexdigest()
+
+
+KNOWN = KnownSequences(
+    load=load, modality="array", about=STORAGE.about(voices=4), labels={}, splits={"val": 0.1, "test": 0.1},
+    source="Bach's four-part chorales (as carried by package music21)",
+    licence="the music: public domain; the encodings: distributed by permission of their makers, see corpus/license.txt of music21",
+)  # fmt: skip
