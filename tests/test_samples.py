@@ -47,7 +47,7 @@ def test_music_is_midi(tmp_path: Path) -> None:
         end, at, tick = at + 8 + int.from_bytes(data[at + 4 : at + 8], "big"), at + 8, 0
         events = []
         while at < end:
-            tick, status, pitch, loud, at = tick + data[at], *data[at + 1 : at + 4], at + 4
+            tick, status, pitch, _, at = tick + data[at], *data[at + 1 : at + 4], at + 4
             events.append((tick, "end" if status == 0xFF else status & 0x90 == 0x90, status & 15, pitch))
         found.append(events)
     first, second = ([event[:2] + event[3:] for event in events] for events in found)

@@ -17,7 +17,6 @@ Of the last two the packets alone are counted, without a container or headers. A
 from __future__ import annotations
 
 import argparse
-import io
 from collections import defaultdict
 from collections.abc import Callable
 from fractions import Fraction

@@ -57,7 +57,9 @@ def part_contexts(piece: np.ndarray) -> list[np.ndarray]:
     voice = np.repeat(np.arange(count)[:, None], steps, 1)
     beat = np.repeat(np.arange(steps)[None] % STEPS, count, 0)
     others = []
-    for back in range(1, count):  # the voices before this one, which have moved, and then those after it, which have not
+    for back in range(
+        1, count
+    ):  # the voices before this one, which have moved, and then those after it, which have not
         others.append(np.stack([(now if v >= back else before)[(v - back) % count] for v in range(count)]))
     moved = np.stack([_back(piece[v - 1].astype(np.int64), 0) if v else np.full(steps, NOTHING) for v in range(count)])
     return [gained.T.ravel() for gained in (voice, before, beat, events, moved, *others, last)]
@@ -109,9 +111,7 @@ def _find(known: np.ndarray, counts: np.ndarray, keys: np.ndarray) -> tuple[np.n
     return np.where(there, place, -1), np.where(there, counts[place], 0)
 
 
-def bits_by_depth(
-    val: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]
-) -> list[tuple[float, float]]:
+def bits_by_depth(val: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]) -> list[tuple[float, float]]:
     """Bits an event on validation and test, depth by depth, each smoothed by the one before with the strength that is best on validation."""
     chances = [np.full(seen[0].shape[1], 1 / CODES) for seen in (val, test)]
     found = []

@@ -131,7 +131,9 @@ class Swin2d(GridWindows):
     ) -> None:
         if window < 1 or not 0 <= shift < window:
             raise ValueError(f"swin_2d needs window >= 1 and 0 <= shift < window, got {window} and {shift}")
-        super().__init__(dim, causal=causal, sides=(window, window), heads=heads, head_dim=head_dim, bias=bias, relative=relative)
+        super().__init__(
+            dim, causal=causal, sides=(window, window), heads=heads, head_dim=head_dim, bias=bias, relative=relative
+        )
         self.window, self.shift = window, shift
 
     def groups(self, grid: tuple[int, ...]) -> Sequence[Group]:

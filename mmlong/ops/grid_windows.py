@@ -140,7 +140,9 @@ def swin_groups(grid: tuple[int, int], window: int, shift: int) -> tuple[Group, 
 @lru_cache(maxsize=32)
 def neighbourhood_groups(grid: tuple[int, ...], kernel: tuple[int, ...], dilation: int) -> tuple[Group, ...]:
     """NAT's windows of a grid, so many cells along each axis."""
-    side = SIDE if len(grid) < 3 else SIDE // 2  # a cube of eight has more keys that a cell does not see than such that it does
+    side = (
+        SIDE if len(grid) < 3 else SIDE // 2
+    )  # a cube of eight has more keys that a cell does not see than such that it does
     tiles = [neighbourhoods(n, k, dilation, side) for n, k in zip(grid, kernel, strict=True)]
     return groups_of(tiles, grid, [2 * k - 1 for k in kernel])
 

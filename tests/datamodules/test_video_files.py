@@ -33,7 +33,8 @@ def write_film(path: Path, frames: np.ndarray, codec: str, pix_fmt: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "codec", "pix_fmt"), [("a.mkv", "ffv1", "gray"), ("b.mp4", "libx264", "yuv420p"), ("c.mkv", "ffv1", "yuv420p")]
+    ("name", "codec", "pix_fmt"),
+    [("a.mkv", "ffv1", "gray"), ("b.mp4", "libx264", "yuv420p"), ("c.mkv", "ffv1", "yuv420p")],
 )
 def test_brightness_comes_back_to_the_bit(name: str, codec: str, pix_fmt: str, tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (7, 18, 34), dtype=np.uint8)  # rows that are padded in memory
@@ -63,6 +64,8 @@ def test_without_a_decoder_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_a_smaller_frame_is_means_of_squares() -> None:
-    frame = np.array([[0, 1, 9, 9, 7], [1, 0, 9, 8, 7], [255, 255, 3, 4, 7], [255, 255, 4, 4, 7], [1, 1, 1, 1, 1]], np.uint8)
+    frame = np.array(
+        [[0, 1, 9, 9, 7], [1, 0, 9, 8, 7], [255, 255, 3, 4, 7], [255, 255, 4, 4, 7], [1, 1, 1, 1, 1]], np.uint8
+    )
     assert shrunk(frame, 2).tolist() == [[1, 9], [255, 4]]
     assert np.array_equal(shrunk(frame, 1), frame)
