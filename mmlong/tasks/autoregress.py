@@ -96,7 +96,7 @@ class AutoregressTask(Task):
         if segment is None and (keep != 1 or truncate):
             raise ValueError("model.keep and model.truncate are about what is between segments: set model.segment too")
         info = {key: value for key, value in (data_info or {}).items() if key == "modality"}
-        own = {"linear_prediction": list(linear_prediction)} if linear_prediction else {}
+        own: dict[str, Any] = {"linear_prediction": list(linear_prediction)} if linear_prediction else {}
         if linear_each:
             own["linear_each"] = True
         super().__init__(
