@@ -92,12 +92,16 @@ class MaskedConv(Mixer):
 
     def _after(self, line: Tensor, index: Tensor, passed: Tensor, length: int, layout: Layout | None) -> State:
         if layout is None or layout.lengths is None:
-            return line[:, length:].clone(), index[:, -1] + 1
-        valid = layout.lengths
-        rows = valid[:, None] + torch.arange(self.reach, device=line.device)
-        tail = line.gather(1, rows[..., None].expand(-1, -1, self.dim))
-        last = index.gather(1, (valid - 1).clamp_min(0)[:, None])[:, 0] + 1
-        return tail, torch.where(valid > 0, last, passed)
+            tail, last = line[:, length:], index[:, -1] + 1
+        else:
+            valid = layout.lengths
+            rows = valid[:, None] + torch.arange(self.reach, device=line.device)
+            tail = line.gather(1, rows[..., None].expand(-1, -1, self.dim))
+            last = index.gather(1, (valid - 1).clamp_min(0)[:, None])[:, 0] + 1
+            last = torch.where(valid > 0, last, passed)
+        # Of the document before nothing is kept, though no tap would reach it.
+        own = torch.arange(self.reach, 0, -1, device=line.device) <= last[:, None]
+        return torch.where(own[..., None], tail, 0), last
 
 
 def above(radius: int) -> list[tuple[int, int]]:

@@ -85,8 +85,9 @@ def test_documents_begin_a_raster_of_their_own(name: str, options: dict[str, int
     a, b = torch.randn(1, 13, 4, dtype=torch.float64), torch.randn(1, 17, 4, dtype=torch.float64)
     resets = torch.zeros(1, 30, dtype=torch.bool)
     resets[0, 13] = True
-    y, _ = mixer(torch.cat([a, b], 1), None, Layout(resets=resets))
+    y, state = mixer(torch.cat([a, b], 1), None, Layout(resets=resets))
     torch.testing.assert_close(y, torch.cat([mixer(a)[0], mixer(b)[0]], 1))
+    torch.testing.assert_close(state, mixer(b)[1], msg="the state has nothing of the document before")
 
 
 def test_a_row_must_be_wider_than_the_neighbourhood() -> None:
