@@ -1,4 +1,4 @@
-"""The wheel of this checkout, built once for the tests that install it."""
+"""What all tests share: hypothesis on machines that are slow or busy, and the wheel of this checkout, built once for the tests that install it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("mmlong", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("mmlong")
 
 ROOT = Path(__file__).parents[1]
 
