@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from mmlong.backbone import Backbone, BackboneConfig
 from mmlong.diagnose.probes import PROBES, SILENT, Probe, Size
+from mmlong.mixers.own_loss import mean_own_loss, own_losses
 from mmlong.training.optim import OptimConfig, build_optimizer
 
 SOLVED = 0.999
@@ -162,8 +164,12 @@ def learn_model(setting: Setting, told: Callable[[int, int, float], None] | None
     looked = 0.0
     for step in range(steps):
         codes, answers = _batch(probe, rng, probe.rows, probe.train[step % len(probe.train)])
-        logits = model(codes)
+        # What a mixer asks for itself (a compressor's reconstruction, a span's price) is trained as the tasks train it.
+        with own_losses() if model.backbone.has_own_loss else nullcontext([]) as found:
+            logits = model(codes)
+            own = mean_own_loss(found)
         loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), ignore_index=SILENT)
+        loss = loss if own is None else loss + own
         if not bool(torch.isfinite(loss)):
             cell.failed = f"the loss is {float(loss)} at step {step + 1}"
             break

@@ -16,7 +16,7 @@ from mmlong.cli import main
 from mmlong.cli.diagnose import parse_mixer
 from mmlong.cli.errors import CommandError
 from mmlong.diagnose import ORDERINGS, PROBES, Cell, Probe, Setting, learn
-from mmlong.diagnose.cell import ask
+from mmlong.diagnose.cell import ask, learn_model, probe_model
 from mmlong.diagnose.report import BadFindingsError, Findings, markdown, plot
 from mmlong.mixers import MIXERS
 
@@ -178,3 +178,18 @@ def test_mixers_with_options() -> None:
     assert parse_mixer("mamba2:d_state=8,backend=portable") == {"name": "mamba2", "d_state": 8, "backend": "portable"}
     with pytest.raises(CommandError):
         parse_mixer("mamba2:=3")
+
+
+def test_what_a_mixer_asks_for_itself_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only its reconstruction trains a compressor, so without that loss nothing of it would move."""
+    monkeypatch.setattr("mmlong.diagnose.cell.ASKED_TOKENS", 100)
+    monkeypatch.setitem(PROBES._entries, "far_recall", replace(PROBES["far_recall"], tests={"> 16": {"length": 96, "near": 16}}))  # fmt: skip
+    setting = Setting({"name": "compressive", "segment": 8, "memory": 8, "compressed": 8, "rate": 2}, "far_recall", dim=16, depth=1, scale=0.001)  # fmt: skip
+    torch.manual_seed(0)
+    before = dict(probe_model(setting).named_parameters())
+    torch.manual_seed(0)
+    _, model = learn_model(setting)
+    after = dict(model.named_parameters())
+    names = [name for name in after if "compress" in name]
+    assert names
+    assert all(not torch.equal(before[name], after[name]) for name in names)
