@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mmlong.cli.pack_kinds import KINDS, add_options, misplaced, option, sound_options
+from mmlong.registry import nearest
 
 if TYPE_CHECKING:
     from mmlong.datamodules.packed import PackedDataset
@@ -92,8 +93,10 @@ def run_pack(argv: list[str]) -> int:
     modality = None if args.kind is None else _modality(args.kind)
     if args.kind is not None:
         if modality is None:
+            near = nearest(args.kind, _kinds())
+            known = len(_kinds()) - len(KINDS)
             parser.error(
-                f"unknown KIND {args.kind!r}; it can be {', '.join(_kinds())} or torchvision:NAME, torchaudio:NAME"
+                f"unknown KIND {args.kind!r}{near}; it can be {', '.join(KINDS)}, torchvision:NAME, torchaudio:NAME, or one of {known} known sources, such as elpv, fsdd, stdlib or gb-human_enhancers_cohn (docs/your_data.md)"
             )
         wanted = 2 if args.kind in KINDS else 1
         if len(args.paths) != wanted:

@@ -144,13 +144,13 @@ def _array(args: argparse.Namespace) -> SequenceSource:
 
 KINDS: dict[str, Kind] = {
     "image": Kind("image", _image, "a folder of images"),
-    "imagenet64": Kind("image", _imagenet64, "the published files of ImageNet at 64x64, of either downsampling"),
     "text": Kind("text", _text, "a text file, or a folder of them"),
     "jsonl": Kind("text", _jsonl, "a JSONL, a text in each line"),
     "audio": Kind("audio", _audio, "a folder of sounds"),
     "fasta": Kind("genome", _fasta, "a FASTA of DNA; --labels is a CSV of name,label[,split]"),
     "array": Kind("array", _array, "a folder of .npy arrays (..., T) of one type, for any modality"),
     "npz": Kind("genome", _npz, "an npz of DNA sequences and labels"),
+    "imagenet64": Kind("image", _imagenet64, "the published files of ImageNet at 64x64, of either downsampling"),
 }
 OPTIONS: dict[str, Callable[[Parser], None]] = {
     "image": _image_options,

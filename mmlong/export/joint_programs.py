@@ -142,7 +142,10 @@ def _programs(
 
     if whole is not None and whole < 8:
         raise ValueError(f"a sample of {whole} tokens of {name} is too short to be made token by token")
-    piece = length if whole is None else Bounds(2, max(2, min(length.most, whole)))
+    # With a linear prediction torch.export holds a traced program to lengths other than 2; shorter pieces go token by token.
+    least = 2 if all(voice.linear is None for voice in model.voices.values()) else 3
+    most = length.most if whole is None else min(length.most, whole)
+    piece = Bounds(least if whole is not None else max(least, length.least), max(least, most))
     raws = None if whole is not None else length
     make = partial(Program, whole=whole, slots=SLOTS)
     going = (model, name, form)

@@ -343,7 +343,7 @@ def test_bad_manifest(tmp_path: Path, content: str, message: str) -> None:
 
 
 def test_not_a_dataset(tmp_path: Path) -> None:
-    with pytest.raises(BadShardError, match="make one with `mmlong pack`"):
+    with pytest.raises(BadShardError, match="`mmlong pack KIND IN OUT` makes one"):
         PackedDataset(tmp_path)
     write(tmp_path / "d")
     with pytest.raises(DataError, match="has splits train"):

@@ -79,22 +79,22 @@ def said(model: Model) -> Tensor:
 
 
 def holds(model: Model) -> None:
-    """The function is that of the sum, to the bit, and the adapters' gradient is the sum's by the chain rule."""
+    """The function is that of the sum, but for products that go by where in memory a weight lies, and the adapters' gradient is the sum's by the chain rule."""
     plain = copy.deepcopy(model)
     model.backbone.requires_grad_(False)  # torch's recurrent layers are computed otherwise where they do not train
     before = said(model)
     names = add_lora(model, LoraConfig(rank=2, alpha=3.0))
     inside = [f"backbone.{name}.weight" for name, m in plain.backbone.named_modules() if isinstance(m, nn.Linear)]
     assert sorted(names) == sorted(inside)
-    assert torch.equal(said(model), before), "nothing changes before an adapter is trained"
+    torch.testing.assert_close(said(model), before, rtol=1e-5, atol=1e-6)  # nothing changes before an adapter is trained
     shake(model)
     plain.load_state_dict(plain_state(model))
     plain.backbone.requires_grad_(False)
     for name in names:
         plain.get_parameter(name).requires_grad_(True)
     adapted, summed = said(model), said(plain)
-    assert torch.equal(adapted, summed)
-    assert not torch.equal(adapted, before)
+    torch.testing.assert_close(adapted, summed, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(adapted, before, rtol=1e-3, atol=1e-4)
     draw = torch.randn(summed.shape, generator=torch.Generator().manual_seed(2))
     (adapted * draw).sum().backward()
     (summed * draw).sum().backward()
