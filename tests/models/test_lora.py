@@ -86,7 +86,9 @@ def holds(model: Model) -> None:
     names = add_lora(model, LoraConfig(rank=2, alpha=3.0))
     inside = [f"backbone.{name}.weight" for name, m in plain.backbone.named_modules() if isinstance(m, nn.Linear)]
     assert sorted(names) == sorted(inside)
-    torch.testing.assert_close(said(model), before, rtol=1e-5, atol=1e-6)  # nothing changes before an adapter is trained
+    torch.testing.assert_close(
+        said(model), before, rtol=1e-5, atol=1e-6
+    )  # nothing changes before an adapter is trained
     shake(model)
     plain.load_state_dict(plain_state(model))
     plain.backbone.requires_grad_(False)
