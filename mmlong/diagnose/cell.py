@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -165,7 +165,8 @@ def learn_model(setting: Setting, told: Callable[[int, int, float], None] | None
     for step in range(steps):
         codes, answers = _batch(probe, rng, probe.rows, probe.train[step % len(probe.train)])
         # What a mixer asks for itself (a compressor's reconstruction, a span's price) is trained as the tasks train it.
-        with own_losses() if model.backbone.has_own_loss else nullcontext([]) as found:
+        asked: AbstractContextManager[list[Any]] = own_losses() if model.backbone.has_own_loss else nullcontext([])
+        with asked as found:
             logits = model(codes)
             own = mean_own_loss(found)
         loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), ignore_index=SILENT)
