@@ -200,14 +200,6 @@ class JointTask(SpansTask):
             count = sum(int(rows.sum()) for rows in there)
             self.log_found(f"{prefix}/exact", right / max(count, 1), count)
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Count a batch."""
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Count a batch."""
-        self._evaluate(batch, "test")
-
 
 @dataclass
 class Counted:

@@ -211,14 +211,6 @@ class JointMaskedTask(SpansTask):
         """Bool ``(B,)``: rows that count."""
         return batch["weight"] > 0 if "weight" in batch else torch.ones_like(batch["index"], dtype=torch.bool)
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Count a batch."""
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Count a batch."""
-        self._evaluate(batch, "test")
-
 
 @dataclass
 class Guessed:

@@ -105,6 +105,17 @@ class SpansTask(Task):
         """Which of ``known`` orders each of ``count`` rows has, from torch's global generator."""
         return torch.randint(known, (count,)).tolist()
 
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Count a batch."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Count a batch."""
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: dict[str, Any], stage: str) -> None:
+        raise TypeError(f"{type(self).__name__} does not define _evaluate(batch, stage)")
+
     def is_text(self, name: str) -> bool:
         """Whether a modality is text, of which whole spans can be right."""
         return self.rows_of_spans.voices[name].modality.kind == "text"
