@@ -29,11 +29,12 @@ def plot(findings: Findings, path: Path) -> None:
     axis = figure.subplots()
     tests = PROBES[PROBE].tests
     distances = [size["near"] for size in tests.values()]
-    for mixer, dim in findings.rows():
-        found = [findings.accuracies(mixer, PROBE, test, dim) for test in tests]
+    for row in findings.rows():
+        found = [findings.accuracies(row, PROBE, test) for test in tests]
         means = [sum(f) / len(f) if f else float("nan") for f in found]
-        bare = mixer.startswith("local")
-        axis.plot(distances, means, "k--" if bare else "o-", label=mixer.split(":")[0] + (" (bare)" if bare else ""))
+        bare = row.mixer.startswith("local")
+        name = row.mixer.split(":")[0] + (" (bare)" if bare else "")
+        axis.plot(distances, means, "k--" if bare else "o-", label=name)
     axis.axhline(PROBES[PROBE].chance, color="0.7", linewidth=1)
     axis.axvline(2 * WINDOW, color="0.85", linewidth=6, zorder=0)
     axis.set_xscale("log", base=2)

@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from mmlong.diagnose.cell import Cell
+from mmlong.diagnose.cell import Cell, Setting
 from mmlong.diagnose.orderings import ORDERINGS
 from mmlong.diagnose.probes import PROBES
 
@@ -20,6 +20,33 @@ FORMAT = 1
 
 class BadFindingsError(ValueError):
     """A file that holds no findings; the message says which and why."""
+
+
+class Row(NamedTuple):
+    """What a row of the table is about.
+
+    Attributes:
+        mixer: with its options.
+        dim, depth: of the backbone.
+        scale: of the probe's number of steps.
+    """
+
+    mixer: str
+    dim: int
+    depth: int
+    scale: float
+
+    @classmethod
+    def of(cls, setting: Setting) -> Row:
+        """The row that a setting belongs to."""
+        return cls(setting.name, setting.dim, setting.depth, setting.scale)
+
+    @property
+    def label(self) -> str:
+        """The mixer, and how deep it was and how long it was trained, where not as usual."""
+        deep = "" if self.depth == Setting.depth else f", depth {self.depth}"
+        long = "" if self.scale == Setting.scale else f", {self.scale:g} x the steps"
+        return self.mixer + deep + long
 
 
 @dataclass
@@ -71,24 +98,24 @@ class Findings:
             raise BadFindingsError(f"{path} holds no findings of mmlong diagnose: {error}") from error
         return cls({cell.setting.key: cell for cell in cells}, content["machine"], content["command"])
 
-    def accuracies(self, mixer: str, probe: str, test: str, dim: int | None = None) -> list[float]:
-        """Of all seeds (and widths, unless one is given)."""
+    def accuracies(self, row: Row, probe: str, test: str) -> list[float]:
+        """Of all seeds."""
         return [
             cell.accuracy[test]
             for cell in self.cells.values()
-            if cell.setting.name == mixer and cell.setting.probe == probe and test in cell.accuracy
-            and dim in (None, cell.setting.dim)
-        ]  # fmt: skip
+            if Row.of(cell.setting) == row and cell.setting.probe == probe and test in cell.accuracy
+        ]
 
     def mean(self, mixer: str, probe: str, test: str) -> float | None:
-        """Over seeds, at the greatest width that was tried; ``None``: not measured."""
-        dims = [c.setting.dim for c in self.cells.values() if c.setting.name == mixer and c.setting.probe == probe]
-        found = self.accuracies(mixer, probe, test, max(dims)) if dims else []
+        """Over seeds, at the greatest width, depth and number of steps that were tried; ``None``: not measured."""
+        settings = [cell.setting for cell in self.cells.values()]
+        rows = [Row.of(one) for one in settings if one.name == mixer and one.probe == probe]
+        found = self.accuracies(max(rows, key=lambda row: row[1:]), probe, test) if rows else []
         return sum(found) / len(found) if found else None
 
-    def rows(self) -> list[tuple[str, int]]:
-        """Mixers and widths, in order."""
-        return list(dict.fromkeys((cell.setting.name, cell.setting.dim) for cell in self.cells.values()))
+    def rows(self) -> list[Row]:
+        """In order."""
+        return list(dict.fromkeys(Row.of(cell.setting) for cell in self.cells.values()))
 
     def columns(self) -> list[tuple[str, str]]:
         """Probes and tests, in order."""
@@ -116,8 +143,8 @@ def table(findings: Findings) -> Table:
     columns = findings.columns()
     for probe, test in columns:
         made.add_column(f"{probe}\n{test}", justify="right")
-    for mixer, dim in findings.rows():
-        made.add_row(mixer, str(dim), *(_cell(findings.accuracies(mixer, *column, dim)) for column in columns))
+    for row in findings.rows():
+        made.add_row(row.label, str(row.dim), *(_cell(findings.accuracies(row, *column)) for column in columns))
     made.add_row("chance", "", *(f"{100 * PROBES[probe].chance:.0f}" for probe, _ in columns))
     return made
 
@@ -129,7 +156,7 @@ def markdown(findings: Findings) -> str:
     lines: Iterable[list[str]] = [
         head,
         ["---"] * len(head),
-        *([mixer, str(dim), *(_cell(findings.accuracies(mixer, *c, dim)) for c in columns)] for mixer, dim in findings.rows()),
+        *([row.label, str(row.dim), *(_cell(findings.accuracies(row, *c)) for c in columns)] for row in findings.rows()),
     ]  # fmt: skip
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
@@ -147,15 +174,15 @@ def plot(findings: Findings, path: Path) -> None:
     import numpy as np
 
     grid = np.full((len(rows), len(columns)), np.nan)
-    for i, (mixer, dim) in enumerate(rows):
+    for i, row in enumerate(rows):
         for j, column in enumerate(columns):
-            if found := findings.accuracies(mixer, *column, dim):
+            if found := findings.accuracies(row, *column):
                 grid[i, j] = sum(found) / len(found)
     figure = matplotlib.figure.Figure(figsize=(3 + 0.55 * len(columns), 2.2 + 0.32 * len(rows)), layout="constrained")
     axis = figure.subplots()
     shown = axis.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    several = len({dim for _, dim in rows}) > 1
-    axis.set_yticks(range(len(rows)), [f"{mixer}, {dim}" if several else mixer for mixer, dim in rows])
+    several = len({row.dim for row in rows}) > 1
+    axis.set_yticks(range(len(rows)), [f"{row.label}, {row.dim}" if several else row.label for row in rows])
     axis.set_xticks(range(len(columns)), [f"{probe} {test}" for probe, test in columns], rotation=90)
     for (i, j), value in np.ndenumerate(grid):
         if not np.isnan(value):

@@ -114,6 +114,12 @@ def test_findings_are_kept(tmp_path: Path) -> None:
     assert again.mean("mamba2", "parity", "40") == pytest.approx(0.6), "of the greatest width"
     assert again.mean("local:window=3", "parity", "40") is None
     assert "| mamba2 | 64 | 60 ±10 | 50 |" in markdown(again)
+    findings.add(Cell(Setting("mamba2", "parity", 64, scale=2.0), {"40": 0.9, "256": 0.5}))
+    findings.add(Cell(Setting("mamba2", "parity", 64, depth=4), {"40": 0.8, "256": 0.5}))
+    assert "| mamba2 | 64 | 60 ±10 | 50 |" in markdown(findings), "of what was trained otherwise nothing is mixed in"
+    assert "| mamba2, 2 x the steps | 64 | 90 | 50 |" in markdown(findings)
+    assert "| mamba2, depth 4 | 64 | 80 | 50 |" in markdown(findings)
+    assert findings.mean("mamba2", "parity", "40") == 0.8, "of the deepest of the widest"
     plot(again, tmp_path / "found.png")
     assert (tmp_path / "found.png").stat().st_size > 1000
     assert [holds for _, holds in again.published()] == [True], "mamba2 is not expected to solve parity"
@@ -143,7 +149,7 @@ def test_the_command(tiny: Probe, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "local:window=3" in out
     assert "mamba2 / tiny / 8 x 1" in err
     assert (tmp_path / "a.png").exists()
-    assert "| mamba2 | 8 |" in (tmp_path / "a.md").read_text()
+    assert "| mamba2, depth 1 | 8 |" in (tmp_path / "a.md").read_text()
     assert main([*words, "--seeds", "2"]) == 0
     assert "2 of 4 cells are there already" in capsys.readouterr().err
     assert len(Findings.load(found).cells) == 4
