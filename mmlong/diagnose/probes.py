@@ -145,8 +145,8 @@ def draw_modular(rng: np.random.Generator, rows: int, *, length: int, modulus: i
 
 
 def draw_needle(rng: np.random.Generator, rows: int, *, length: int) -> Drawn:
-    """As ``induction``, in letters of a larger alphabet and much longer noise; the needle lies anywhere."""
-    codes = 2 + rng.integers(KEYS, size=(rows, length))
+    """As ``induction``, but asked for by another mark than the one before the needle, and in much longer noise; the needle lies anywhere."""
+    codes = 2 + rng.integers(LETTERS, size=(rows, length))
     at, row = rng.integers(length - 2, size=rows), np.arange(rows)
     codes[row, at], codes[:, -1] = 0, 1
     answers = _silent(codes)
@@ -248,8 +248,8 @@ _add("modular_addition", Probe(
     steps=3000, weight_decay=0.0, patient=True,
 ))  # fmt: skip
 _add("needle", Probe(
-    "one pair in noise", 2 + KEYS, draw_needle, train=({"length": 64}, {"length": 256}, {"length": 512}),
-    tests={str(n): {"length": n} for n in (512, 4096, 16384)}, chance=1 / KEYS, rows=16,
+    "one letter in noise", 2 + LETTERS, draw_needle, train=tuple({"length": n} for n in (8, 16, 32, 64, 128, 256, 512)),
+    tests={str(n): {"length": n} for n in (512, 4096, 16384)}, chance=1 / LETTERS, steps=1400, weight_decay=0.0, patient=True,
 ))  # fmt: skip
 _add("far_recall", Probe(
     "pairs told early, asked for at any distance", NOISE + FAR_KEYS * (1 + FAR_VALUES), draw_far_recall,
