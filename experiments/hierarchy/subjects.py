@@ -69,6 +69,7 @@ SUBJECTS: dict[str, Subject] = {
         "test/bits",
         {
             "flat": {},
+            "flat, half as deep": {"model.backbone.depth": 2},
             "megabyte": {
                 "model.backbone.parts": [
                     {"pool": 4, "dim": 256, "parts": [{**_WIDE, "repeat": 4}]},
