@@ -85,10 +85,16 @@ class Place:
             return self.different
         return torch.full((self.rows,), self.same or 0, dtype=torch.long, device=device)
 
+    def within(self, layout: Layout | None, k: int) -> int | None:
+        """How many tokens of its chunk of ``k`` each row has had; ``None`` where rows differ or ``layout`` may part them."""
+        if self.same is None or (layout is not None and (layout.lengths is not None or layout.resets is not None)):
+            return None
+        return self.same % k
+
     def after(self, x: Tensor, layout: Layout | None, k: int) -> dict[str, Tensor]:
         """Of the state after a piece ``x``."""
         L = x.shape[1]
-        if self.same is not None and (layout is None or (layout.lengths is None and layout.resets is None)):
+        if self.same is not None and self.within(layout, k) is not None:
             n = self.same + L
             return {"place": x.new_empty(self.rows, n if n < k else k + n % k, 0)}
         each = counts_after(layout, L, self.each(x.device))
@@ -151,7 +157,13 @@ class Level(Part):
         else:
             tail, open_chunk, before = state["tail"], state["chunk"], state["inner"]
         place = Place.of(state, B)
-        if (layout is None or layout.resets is None) and place.same is not None and place.same % k == 0:
+        at = place.within(layout, k)
+        if self.read_chunks is None and at is not None and 0 < at <= k - L:
+            # As most tokens that are drawn: no chunk begins, and the parts inside have nothing to do.
+            inner, y = before, self.lengthen(open_chunk)[:, None]
+            y = y if self.up == "repeat" else y.unflatten(-1, (k, -1))[:, 0, at : at + L]
+            y = y.expand(-1, L, -1)
+        elif (layout is None or layout.resets is None) and place.same is not None and place.same % k == 0:
             within = torch.arange(L, device=x.device) % k
             lengths = None if layout is None else layout.lengths
             chunks = self._alike(x, lengths)
@@ -275,11 +287,14 @@ class Within(Part):
         """``(B, L, D)`` to ``(B, L, D)``, and the state."""
         (B, L, D), k = x.shape, self.k
         place = Place.of(state, B)
-        ragged = layout is not None and (layout.lengths is not None or layout.resets is not None)
-        if not ragged and place.same is not None and place.same % k == 0 and L % k == 0:
+        at = place.within(layout, k)
+        if at == 0 and L % k == 0:
             # Chunks are rows. What they leave behind nobody reads: the next token begins another.
             y, left = self.inner(x.reshape(-1, k, D), None, None)
             y, inner = y.reshape(B, L, -1), map_state(lambda t: t.unflatten(0, (B, -1))[:, -1], left)
+        elif at is not None and at + L <= k:
+            # As every token that is drawn: of one chunk, so that the parts inside need not look for its beginning.
+            y, inner = self.inner(x, state["inner"] if at else None, None)
         else:
             places = document_index(place.each(x.device), L, layout) % k
             within = Layout(lengths=None if layout is None else layout.lengths, resets=places == 0)
