@@ -30,17 +30,19 @@ def open_data(dataset: str, **options: Any) -> PackedDataModule:
         DataError: neither known nor packed, or of a modality that has no datamodule.
         ValueError: an option that the datamodule does not take.
     """
+    own_files = False
     if dataset in KNOWN:
-        modality = "image"
+        modality, own_files = "image", KNOWN[dataset].load_files is not None
     elif dataset in MODULES:
-        modality = known_sequences(dataset).modality
+        known = known_sequences(dataset)
+        modality, own_files = known.modality, bool(known.files)
     else:
         modality = str(load_manifest(dataset)["modality"])
     cls = CLASSES.get(modality)
     if cls is None:
         raise ValueError(f"{dataset} holds {modality}, which has no datamodule; there are {', '.join(CLASSES)}")
     taken = inspect.signature(cls).parameters
-    if not (dataset in MODULES and known_sequences(dataset).files):
+    if not own_files:
         options.pop("source_path", None)
     if unknown := [name for name in options if name not in taken]:
         raise ValueError(f"{cls.__name__} takes no {', '.join(unknown)}; it takes {', '.join(taken)}")

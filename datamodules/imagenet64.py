@@ -4,7 +4,7 @@
     box    Chrabaszcz et al. 2017 (arXiv 1707.08819), averaged over boxes: ``Imagenet64_train_part1_npz``, ``.._part2_npz`` and ``Imagenet64_val_npz``, folders or zips' content: ``train_data_batch_1.npz`` to
            ``10`` (1,281,167 pictures) and ``val_data.npz`` (50,000), with classes 1 to 1,000
 
-Both publish a validation set and no test set; it is ``test`` here, as it is what papers report, and ``val`` is taken from training. Of the second only the npz form is read: the other is pickles, which are never loaded.
+Both publish a validation set and no test set; it is ``test`` here, as it is what papers report, and ``val`` is taken from training: a hundredth of it (``mmlong pack imagenet64``), where papers train on all. Of the second only the npz form is read: the other is pickles, which are never loaded.
 """
 
 from __future__ import annotations

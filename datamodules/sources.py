@@ -85,12 +85,12 @@ class Known:
     load: Callable[[tuple[int, int]], ImageSource] | None = None
     load_files: Callable[[str], ImageSource] | None = None
 
-    def read(self, name: str, side: int, given: str | None) -> ImageSource:
-        """The source, to be packed at a side.
+    def read(self, name: str, size: int | tuple[int, int], given: str | None) -> ImageSource:
+        """The source, to be packed at a size.
 
         Args:
             name: what it is called.
-            side: height and width.
+            size: side, or (height, width).
             given: the user's folder, for a source that comes in no package.
 
         Raises:
@@ -99,13 +99,13 @@ class Known:
         if self.load_files is not None:
             if given is None:
                 raise DataError(
-                    name, f"comes in no package ({self.source}): give its folder, --data.source_path FOLDER"
-                )
+                    name, f"comes in no package ({self.source}): give its folder (--source-path FOLDER, --data.source_path=FOLDER)"
+                )  # fmt: skip
             return self.load_files(given)
         if given is not None:
             raise DataError(name, f"comes in a package ({self.source}) and takes no source_path")
         assert self.load is not None
-        return self.load((side, side))
+        return self.load((size, size) if isinstance(size, int) else size)
 
 
 def package_folder(module: str, package: str, install: str = 'pip install "mmlong[data]"') -> Path:

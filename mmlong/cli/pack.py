@@ -160,14 +160,19 @@ def _source(args: argparse.Namespace) -> tuple[ImageSource | SequenceSource, dic
     from mmlong.datamodules.sources import torchvision_source
 
     if args.kind in KINDS:
-        return KINDS[args.kind].source(args), {}
+        kind = KINDS[args.kind]
+        return kind.source(args), {} if kind.splits is None else {"splits": kind.splits}
     if args.kind in MODULES:
         known = known_sequences(args.kind)
         return known.load(find_source(known, args.source_path)), {"splits": known.splits}
     if args.kind in KNOWN:
         image = KNOWN[args.kind]
         size = args.size or (image.size, image.size)
-        return image.load(size), {"size": size, "channels": image.channels, "splits": image.splits}
+        return image.read(args.kind, size, args.source_path), {
+            "size": size,
+            "channels": image.channels,
+            "splits": image.splits,
+        }
     if args.kind.startswith("torchaudio:"):
         from mmlong.datamodules.sound_folders import torchaudio_source
 

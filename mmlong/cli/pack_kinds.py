@@ -26,11 +26,13 @@ class Kind:
         modality: of its samples.
         source: the command's arguments to a source; ``args.paths[0]`` is the input.
         help: what IN is.
+        splits: how many samples, or which share, go to each split unless the command says; ``None``: as of any data.
     """
 
     modality: str
     source: Callable[[argparse.Namespace], ImageSource | SequenceSource]
     help: str
+    splits: Mapping[str, float] | None = None
 
 
 # images
@@ -150,7 +152,9 @@ KINDS: dict[str, Kind] = {
     "fasta": Kind("genome", _fasta, "a FASTA of DNA; --labels is a CSV of name,label[,split]"),
     "array": Kind("array", _array, "a folder of .npy arrays (..., T) of one type, for any modality"),
     "npz": Kind("genome", _npz, "an npz of DNA sequences and labels"),
-    "imagenet64": Kind("image", _imagenet64, "the published files of ImageNet at 64x64, of either downsampling"),
+    "imagenet64": Kind(
+        "image", _imagenet64, "the published files of ImageNet at 64x64, of either downsampling", {"val": 0.01}
+    ),
 }
 OPTIONS: dict[str, Callable[[Parser], None]] = {
     "image": _image_options,

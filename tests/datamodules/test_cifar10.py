@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mmlong.datamodules import cifar10
+from mmlong.datamodules.by_name import open_data
 from mmlong.datamodules.errors import DataError
 from mmlong.datamodules.images import ImageDataModule
 from mmlong.datamodules.known_images import KNOWN
+
+from mmlong.cli.pack import run_pack
 
 PER_FILE = 20
 
@@ -58,6 +61,24 @@ def test_as_data(binary: Path, tmp_path: Path, name: str, channels: int) -> None
     assert len(list(module.test_dataloader())) == 1
 
 
+def test_packed_by_the_command(binary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert run_pack(["cifar10-grey", str(out)]) == 1
+    assert "--source-path FOLDER" in capsys.readouterr().err
+    assert run_pack(["photos-grey", str(out), "--source-path", str(binary)]) == 1
+    assert "takes no source_path" in capsys.readouterr().err
+    assert run_pack(["cifar10-grey", str(out), "--source-path", str(binary)]) == 0
+    module = ImageDataModule(str(out))
+    assert (module.size, module.channels, len(module.samples("train", False))) == ((32, 32), 1, 90)
+
+
+def test_as_a_part_of_other_data(binary: Path, tmp_path: Path) -> None:
+    """Pairs and mixtures open it by its name, with the folder that they were given."""
+    module = open_data("cifar10", root=str(tmp_path / "packed"), source_path=str(binary))
+    module.prepare_data()
+    assert len(module.samples("test", False)) == PER_FILE
+
+
 def test_the_pickled_version_is_refused_unread(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple:
@@ -89,7 +110,7 @@ def test_files_that_are_wrong(binary: Path) -> None:
 
 
 def test_a_folder_is_asked_for_where_one_is_needed(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="give its folder, --data.source_path"):
+    with pytest.raises(DataError, match=r"give its folder \(--source-path FOLDER, --data.source_path=FOLDER\)"):
         ImageDataModule("cifar10-grey", root=str(tmp_path)).prepare_data()
     with pytest.raises(DataError, match="takes no source_path"):
         KNOWN["photos-grey"].read("photos-grey", 32, "somewhere")

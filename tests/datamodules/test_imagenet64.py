@@ -79,6 +79,22 @@ def test_packed_as_published(make: Callable[[Path], Path], name: str, tmp_path: 
     assert verify(tmp_path / "out") == []
 
 
+def test_a_hundredth_of_training_is_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Papers train on all of it; a tenth, as of any data, would be 128,000 pictures fewer."""
+    asked: list[object] = []
+
+    def packed(source: object, out: object, **options: object) -> None:
+        asked.append(options["splits"])
+        raise DataError("here", "is enough")
+
+    monkeypatch.setattr("mmlong.datamodules.pack.pack_images", packed)
+    place = str(oord(tmp_path / "in", tars=False))
+    assert run_pack(["imagenet64", place, str(tmp_path / "out")]) == 1
+    assert run_pack(["imagenet64", place, str(tmp_path / "out"), "--split", "val=2"]) == 1
+    assert run_pack(["image", place, str(tmp_path / "out"), "--unlabelled"]) == 1
+    assert asked == [{"val": 0.01}, {"val": 2}, None]
+
+
 def test_arrays_are_mapped_where_they_are_stored_as_they_are(tmp_path: Path) -> None:
     plain, packed = box(tmp_path / "a"), box(tmp_path / "b", np.savez_compressed)
     assert isinstance(pictures(plain / "val_data.npz"), np.memmap)
