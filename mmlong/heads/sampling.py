@@ -78,8 +78,8 @@ def uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
     device = "cpu" if generator is None else generator.device
     # The same numbers, but an exported program of any shape knows only the form without a generator.
     given: dict[str, Any] = {} if generator is None else {"generator": generator}
-    # 24 bits and half a step: neither 0 nor 1 can come, so that logarithms are finite.
-    return (torch.randint(1 << 24, like.shape, **given, device=device).to(like.device) + 0.5) / (1 << 24)
+    # 23 bits and half a step are 24 bits, as many as a float32 has: neither 0 nor 1 can come, so that logarithms are finite. (Of 24 the largest would be rounded to 1.)
+    return (torch.randint(1 << 23, like.shape, **given, device=device).to(like.device) + 0.5) / (1 << 23)
 
 
 def draw_codes(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from mmlong.heads import Sampling
-from mmlong.heads.sampling import draw_codes, filter_logits
+from mmlong.heads.sampling import draw_codes, filter_logits, uniform
 
 IDS: torch.LongTensor = torch.zeros(1, 1, dtype=torch.long)  # type: ignore[assignment]
 
@@ -39,6 +41,22 @@ def test_draws_follow_the_probabilities_and_the_generator() -> None:
     torch.testing.assert_close(shares, (logits / 0.7).softmax(0), atol=0.01, rtol=0)
     again = draw_codes(logits.expand(50_000, 4), Sampling(temperature=0.7), torch.Generator().manual_seed(0))
     assert torch.equal(draws, again)
+
+
+@pytest.mark.parametrize("extreme", ["largest", "least"])
+def test_no_draw_is_0_or_1(extreme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 256 codes and 65,536 tokens one draw in 2^24 comes once a picture: it must not decide against the logits, nor choose what is filtered out."""
+    real = torch.randint
+
+    def drawn(high: int, shape: Any, **options: Any) -> torch.Tensor:
+        return torch.full_like(real(high, shape, **options), high - 1 if extreme == "largest" else 0)
+
+    monkeypatch.setattr(torch, "randint", drawn)
+    numbers = uniform(torch.zeros(3), None)
+    assert ((numbers > 0) & (numbers < 1)).all()
+    logits = torch.tensor([[0.0, 40.0, 3.0, 1.0]])
+    assert draw_codes(logits, Sampling(), None).tolist() == [1]
+    assert draw_codes(logits, Sampling(top_k=2), None).tolist() == [1]
 
 
 @pytest.mark.parametrize(
