@@ -9,7 +9,6 @@ common; what it costs behind the other is what only the joint model can.
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +17,8 @@ from typing import Any
 from mmlong.experiments import equal_minutes
 from mmlong.experiments.equal_minutes import Row, fit
 
-from mmlong.cli.build import build, parse
 from mmlong.cli.recipes import load_recipes
-from mmlong.cli.timing import given, task_seconds
-from mmlong.measure import budget
+from mmlong.cli.timing import own_step_seconds
 
 SUBJECTS = {
     "digits_words": ("sound", "word"),
@@ -43,14 +40,7 @@ def forms(modalities: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def step_seconds(recipes: Sequence[str], options: dict[str, Any]) -> tuple[float, int]:
     """CPU seconds of one training step of this process's threads on the first batches of the recipe's data, and the parameters."""
-    config = load_recipes(list(recipes))
-    data, task = build(*parse(config, given(options)))
-    data.prepare_data()
-    data.setup("fit")
-    task.show_data(data)
-    batches = list(itertools.islice(iter(data.train_dataloader()), budget.LEAST + 1))
-    data.teardown("fit")
-    return task_seconds(task, config["trainer"], batches), task.model.num_parameters()
+    return own_step_seconds(load_recipes(list(recipes)), options)
 
 
 def train(name: str, form: str, args: argparse.Namespace, run: Path) -> Row:

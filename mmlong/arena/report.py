@@ -144,7 +144,14 @@ def told(cells: list[Cell]) -> str:
 def stands_in(cell: Cell) -> bool:
     """Whether its number does not compare with a published one, because its data are others."""
     task = TASKS.get(cell.task)
-    return task is not None and task.stands_in and cell.data == task.data
+    return task is not None and task.is_stand_in(cell.data)
+
+
+def chances(results: Results, name: str) -> list[tuple[bool, float]]:
+    """Accuracy of guessing on each kind of data of a task that was read: whether it stands in, and how much."""
+    return sorted(
+        {(stands_in(cell), TASKS[name].chance_on(cell.data)) for cell in results.cells.values() if cell.task == name}
+    )
 
 
 def _lines(results: Results, published: bool) -> tuple[list[str], list[list[str]]]:
@@ -154,7 +161,10 @@ def _lines(results: Results, published: bool) -> tuple[list[str], list[list[str]
     for row in results.rows():
         rows.append([*row, *(told(results.of(task, row)) for task in tasks)])
     if rows:
-        rows.append(["chance", "", *(f"{100 * TASKS[name].chance:.0f}" for name in tasks)])
+        guessed = (
+            ", ".join(f"{100 * chance:.0f}{'*' * star}" for star, chance in chances(results, name)) for name in tasks
+        )
+        rows.append(["chance", "", *guessed])
     if published:
         for known in PUBLISHED:
             values = [known.accuracy.get(TASKS[name].key) for name in tasks]
@@ -208,7 +218,8 @@ def plot(results: Results, path: Path) -> None:
                 continue
             each = cell.samples / max(cell.steps, 1)
             axis.plot([step * each for step, _ in cell.curve], [100 * a for _, a in cell.curve], label=f"{cell.mixer}, seed {cell.seed}")  # fmt: skip
-        axis.axhline(100 * TASKS[name].chance, color="0.6", linestyle=":", linewidth=1)
+        for _, chance in chances(results, name):
+            axis.axhline(100 * chance, color="0.6", linestyle=":", linewidth=1)
         numbers = [v for row in PUBLISHED if isinstance(v := row.accuracy.get(TASKS[name].key), float)]
         if numbers and not any(stands_in(cell) for cell in results.cells.values() if cell.task == name):
             axis.axhspan(min(numbers), max(numbers), color="0.9", zorder=0)

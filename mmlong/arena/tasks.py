@@ -24,12 +24,13 @@ class ArenaTask:
     Attributes:
         name: of the task and of its recipe.
         about: in a line.
-        chance: accuracy of guessing, 0 to 1.
+        chance: accuracy of guessing on the benchmark's data, 0 to 1.
         data: what the recipe reads without the user's files: ``the benchmark's`` where it is drawn after the benchmark's own procedure, otherwise what stands in for it.
         stands_in: whether it is another task than the benchmark's, whose numbers do not compare.
         own: options of the recipe when the user names a copy of the benchmark's data; ``{path}`` is the copy.
         release: what that copy is.
         minutes: CPU minutes of size ``cpu``.
+        own_chance: accuracy of guessing on what stands in; ``None``: the same.
     """
 
     name: str
@@ -40,10 +41,19 @@ class ArenaTask:
     own: Mapping[str, Any]
     release: str
     minutes: float = 20.0
+    own_chance: float | None = None
     key: str = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "key", self.name.partition("/")[2])
+
+    def is_stand_in(self, data: str) -> bool:
+        """Whether what was read is another task than the benchmark's."""
+        return self.stands_in and data == self.data
+
+    def chance_on(self, data: str) -> float:
+        """Accuracy of guessing on what was read."""
+        return self.own_chance if self.own_chance is not None and self.is_stand_in(data) else self.chance
 
     def recipes(self, size: str) -> list[str]:
         """The recipes that make it up at a size, the later on top."""
@@ -72,7 +82,7 @@ TASKS: dict[str, ArenaTask] = {
         ),
         ArenaTask(
             "lra/text", "is a film review positive? bytes", 0.5, "BBC news, five topics (stand-in)", True,
-            {"data.dataset": "imdb", "data.source_path": "{path}"}, "aclImdb (Maas et al. 2011)",
+            {"data.dataset": "imdb", "data.source_path": "{path}"}, "aclImdb (Maas et al. 2011)", own_chance=1 / 5,
         ),
         ArenaTask(
             "lra/retrieval", "does one paper cite the other? bytes, two towers", 0.5, "stretches of one file or two of Python's library (stand-in)", True,
@@ -80,7 +90,7 @@ TASKS: dict[str, ArenaTask] = {
         ),
         ArenaTask(
             "lra/image", "CIFAR-10 in grey levels, pixel by pixel", 0.1, "crops of six photographs, which one (stand-in)", True,
-            {"data.dataset": "cifar10-grey", "data.source_path": "{path}"}, "cifar-10-batches-bin, the binary version",
+            {"data.dataset": "cifar10-grey", "data.source_path": "{path}"}, "cifar-10-batches-bin, the binary version", own_chance=1 / 6,
         ),
         _pathfinder(32, "are two discs on one dashed path? 1,024 pixels", 20.0),
         _pathfinder(64, "the same, 4,096 pixels", 20.0),

@@ -125,6 +125,26 @@ def _named(given: list[str], flag: str) -> dict[str, str]:
     return found
 
 
+OWN = {
+    "seed_everything": "give --seeds",
+    "run_dir": "give --runs",
+    "runs": "give --runs",
+    "ckpt_path": "a run that was stopped goes on by itself",
+}
+"""Options of ``fit`` that the arena sees to."""
+
+
+def _check_set(more: dict[str, Any], size: str) -> None:
+    """Raise ``CommandError`` for an option that would be overruled in silence."""
+    for key in more:
+        if key in OWN:
+            raise CommandError(f"--set {key}: {OWN[key]}")
+        if key == "trainer.max_steps" and size == "cpu":
+            raise CommandError(
+                "--set trainer.max_steps: size cpu trains as many steps as its CPU minutes hold; give --minutes"
+            )
+
+
 def _train_all(options: argparse.Namespace, results: Any, console: Console) -> None:
     import os
 
@@ -143,6 +163,7 @@ def _train_all(options: argparse.Namespace, results: Any, console: Console) -> N
         if not Path(given).exists():
             raise CommandError(f"--source: {given} is not there")
     more = {key: yaml.safe_load(value) for key, value in _named(options.set, "--set").items()}
+    _check_set(more, options.size)
     torch.set_num_threads(options.threads)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of the processes that train
     results.machine = describe("cpu", options.threads)

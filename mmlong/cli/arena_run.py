@@ -5,9 +5,11 @@ A run's folder is fixed by what it is, so a command that was stopped finds it: a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +20,8 @@ from mmlong.arena import ArenaTask, Cell, swap_mixer
 from mmlong.arena.report import DEFAULT
 from mmlong.cli.errors import CommandError
 from mmlong.cli.recipes import load_recipes
-from mmlong.cli.timing import given, step_seconds
+from mmlong.cli.timing import given, own_step_seconds, trainer_options
+from mmlong.measure.budget import steps_within
 from mmlong.runs import CHECKPOINTS, is_run
 from mmlong.training.metrics_csv import column, read_metrics
 
@@ -102,9 +105,11 @@ def train(
     options = options_of(task, mixer, size, seed, path, more)
     plan = _plan(folder, task.recipes(size), options, minutes)
     words = [word for recipe in task.recipes(size) for word in ("-c", recipe)]
-    command = ["fit", *words, *given({**options, **plan["steps"]}), f"--run_dir={folder}"]
+    command = ["fit", *words, *given({**plan["steps"], **options}), f"--run_dir={folder}"]
     if not (folder / "summary.json").is_file():
         begun = is_run(folder) and any((folder / CHECKPOINTS).glob("*.ckpt"))
+        if is_run(folder) and not begun:
+            shutil.rmtree(folder)  # killed before there was anything to go on with
         (run or call)(["fit", f"--ckpt_path={folder}"] if begun else command)
     summary = json.loads((folder / "summary.json").read_text())
     steps, accuracies = column(read_metrics(folder / "metrics.csv"), "val/accuracy")
@@ -128,15 +133,18 @@ def _plan(folder: Path, recipes: list[str], options: dict[str, Any], minutes: fl
         return kept
     config = load_recipes(recipes)
     init = {**config["data"]["init_args"], **{k.removeprefix("data."): v for k, v in options.items()}}
+    accumulated = int(trainer_options(config, options).get("accumulate_grad_batches") or 1)
     steps: dict[str, Any] = {}
     if minutes:
-        seconds, _ = step_seconds(config, options)
-        count = max(1, int(60 * minutes / seconds))
-        steps = {"trainer.max_steps": count, "trainer.val_check_interval": max(1, count // EVALUATIONS)}
+        with contextlib.redirect_stdout(sys.stderr):  # what packing the data says
+            seconds, _ = own_step_seconds(config, options)
+        count = steps_within(minutes, seconds)
+        # Steps of the optimiser, and batches.
+        steps = {"trainer.max_steps": count, "trainer.val_check_interval": max(1, count * accumulated // EVALUATIONS)}
         warmup = config["model"]["init_args"].get("optim", {}).get("warmup", 0)
         if warmup > count // 5:
             steps["model.optim.warmup"] = count // 5
-    plan = {**told, "steps": steps, "batch_size": init.get("batch_size", 16)}
+    plan = {**told, "steps": steps, "batch_size": init.get("batch_size", 16) * accumulated}
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(file.name + ".part")
     beside.write_text(json.dumps(plan, indent=1) + "\n")

@@ -10,6 +10,9 @@ from typing import Any
 from mmlong.cli.build import build, parse
 from mmlong.measure import budget
 
+OWN = budget.LEAST + 1
+"""Batches of the data on which a step is timed."""
+
 
 def given(options: Mapping[str, Any]) -> list[str]:
     """Options as words of a command."""
@@ -21,17 +24,26 @@ def task_seconds(task: Any, trainer: Mapping[str, Any], batches: Sequence[Any]) 
 
     Args:
         task: of a recipe; taken over.
-        trainer: the recipe's trainer options.
+        trainer: the recipe's trainer options; a step is as many batches as it accumulates.
         batches: that are trained on, in turn.
     """
     from mmlong.estimate.step import TrainingStep
 
-    step = TrainingStep(task, {**trainer, "precision": None, "accumulate_grad_batches": 1})
-    return budget.step_seconds(step, itertools.islice(itertools.cycle(batches), budget.LEAST + 1))
+    step = TrainingStep(task, dict(trainer))
+    return budget.step_seconds(step, itertools.islice(itertools.cycle(batches), OWN))
+
+
+def trainer_options(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's trainer options under those of ``fit``."""
+    return {**(config.get("trainer") or {}), **_below("trainer", options)}
+
+
+def _below(part: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix(f"{part}."): value for key, value in options.items() if key.startswith(f"{part}.")}
 
 
 def step_seconds(config: dict[str, Any], options: dict[str, Any]) -> tuple[float, int]:
-    """CPU seconds of one training step of this process's threads, and the model's parameters.
+    """CPU seconds of one training step of this process's threads on drawn values, rows as long as they may be, and the model's parameters.
 
     Args:
         config: of the recipe.
@@ -41,13 +53,26 @@ def step_seconds(config: dict[str, Any], options: dict[str, Any]) -> tuple[float
     from mmlong.models import Model
 
     _, task = build(*parse(config, given(options)))
-    init = {
-        **config["data"]["init_args"],
-        **{key.removeprefix("data."): v for key, v in options.items() if key.startswith("data.")},
-    }
+    init = {**config["data"]["init_args"], **_below("data", options)}
     model: Model = task.model
     length = model.modality.tokens_per_sample() or init["length"]
     batch = synthetic_batch(task, init["batch_size"], length, init.get("windows") == "stream")
     if not model.modality.initialised:
         model.modality.initialise(batch["raw"])
-    return task_seconds(task, config["trainer"], [batch]), model.num_parameters()
+    return task_seconds(task, trainer_options(config, options), [batch]), model.num_parameters()
+
+
+def own_step_seconds(config: dict[str, Any], options: Mapping[str, Any]) -> tuple[float, int]:
+    """The same on the first batches of the recipe's data, whose lengths are the data's. What reading or drawing them takes is not counted.
+
+    Args:
+        config: of the recipe.
+        options: of ``fit``, on top of it.
+    """
+    data, task = build(*parse(config, given(options)))
+    data.prepare_data()
+    data.setup("fit")
+    task.show_data(data)
+    batches = list(itertools.islice(iter(data.train_dataloader()), OWN))
+    data.teardown("fit")
+    return task_seconds(task, trainer_options(config, options), batches), task.model.num_parameters()

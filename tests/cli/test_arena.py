@@ -13,6 +13,7 @@ from mmlong.arena import TASKS, Results
 from mmlong.cli import arena_run
 from mmlong.cli.arena_run import train
 from mmlong.cli.errors import CommandError
+from mmlong.cli.recipes import load_recipes
 
 Call = Callable[..., tuple[int, str]]
 
@@ -46,7 +47,7 @@ def pretender(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pretender:
     found = Pretender()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(arena_run, "call", found)
-    monkeypatch.setattr(arena_run, "step_seconds", lambda config, options: (0.5, 9))
+    monkeypatch.setattr(arena_run, "own_step_seconds", lambda config, options: (0.5, 9))
     return found
 
 
@@ -105,6 +106,54 @@ def test_a_run_that_was_stopped_goes_on(pretender: Pretender, tmp_path: Path) ->
         train(**{**arguments, "more": {"data.batch_size": 3}})
 
 
+def test_a_run_that_got_nowhere_begins_anew(pretender: Pretender, tmp_path: Path) -> None:
+    """Killed before its first checkpoint, it leaves a folder that fit would refuse."""
+    arguments: dict[str, Any] = {
+        "task": TASKS["lra/pathfinder32"], "mixer": "s4d", "size": "cpu", "seed": 1, "minutes": 1.0, "path": None, "root": tmp_path / "runs", "more": {},
+    }  # fmt: skip
+    pretender.dies = True
+    with pytest.raises(RuntimeError, match="killed"):
+        train(**arguments)
+    (first,) = pretender.ran
+    folder = Path(first[-1].partition("=")[2])
+    (folder / "checkpoints" / "last.ckpt").unlink()
+    (folder / "left").touch()
+    pretender.dies = False
+    assert train(**arguments).accuracy == 0.6
+    assert pretender.ran == [first, first]
+    assert not (folder / "left").exists()
+
+
+def test_batches_that_are_accumulated_count(pretender: Pretender, tmp_path: Path) -> None:
+    more = {"trainer.accumulate_grad_batches": 4, "trainer.val_check_interval": 7}
+    for given, checks in ((more, 7), ({"trainer.accumulate_grad_batches": 4}, 60)):
+        cell = train(TASKS["lra/pathfinder32"], "default", "cpu", 1, 1.0, None, tmp_path / str(checks), given)
+        assert cell.samples == 120 * 32 * 4
+        assert f"--trainer.val_check_interval={checks}" in pretender.ran[-1], "in batches, and the user's own wins"
+        assert sum(word.startswith("--trainer.val_check_interval") for word in pretender.ran[-1]) == 1
+
+
+def test_a_step_is_timed_on_the_data_and_with_all_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of their own lengths, and of an optimiser's step as many batches as it accumulates."""
+    from mmlong.cli import timing
+    from mmlong.estimate.step import TrainingStep
+
+    seen: list[tuple[int, int]] = []
+
+    def forward(self: TrainingStep, batch: dict[str, Any]) -> Any:
+        seen.append((int(batch["lengths"].max()), int(batch["lengths"].min())))
+        return next(p for p in self.model.parameters()).sum() * 0.0
+
+    monkeypatch.setattr(TrainingStep, "forward", forward)
+    config = load_recipes(["lra/retrieval", "lra/retrieval.debug"])
+    options = {"data.length": 64, "trainer.accumulate_grad_batches": 3}
+    seconds, parameters = timing.own_step_seconds(config, options)
+    assert seconds > 0
+    assert parameters > 1000
+    assert len(seen) == 3 * timing.OWN
+    assert seen[0][0] == 128  # two stretches of 64 bytes
+
+
 def test_a_cell_that_fails_is_told_and_tried_again(pretender: Pretender, mmlong: Call) -> None:
     pretender.dies = True
     status, said = mmlong("arena", "lra/image", "--minutes", "1", "--json", "f.json")
@@ -140,6 +189,7 @@ def test_the_users_copy_is_named_to_the_recipe(pretender: Pretender, mmlong: Cal
         ([], "which tasks?"), (["lra/pathfindr32"], "did you mean 'lra/pathfinder32'"), (["lra/text", "--mixers", "mamba3x"], "is no mixer"),
         (["lra/text", "--source", "lra/image=."], "not among the tasks"), (["lra/text", "--source", "lra/text=nowhere"], "is not there"),
         (["lra/text", "--minutes", "3", "--size", "paper"], "--minutes is for --size cpu"), (["lra/text", "--seeds", "0"], "at least 1"),
+        (["lra/text", "--set", "seed_everything=3"], "give --seeds"), (["lra/text", "--set", "trainer.max_steps=3"], "give --minutes"),
         (["lra/text", "--set", "x"], "NAME=VALUE"), (["--show"], "which results"), (["lra/text", "--mixers", "s4d:d_state"], "NAME:OPTION=VALUE"),
     ],
 )  # fmt: skip
