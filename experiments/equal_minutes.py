@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from mmlong.cli.timing import given
+from mmlong.cli.trial import folder_option
 from mmlong.measure import budget
 
 Row = dict[str, Any]
@@ -39,7 +39,7 @@ class Trained:
 
 
 def fit(recipes: Sequence[str], options: Mapping[str, Any], seconds: float, minutes: float, seed: int, run: Path) -> Trained:  # fmt: skip
-    """Train as many steps as the minutes hold, and test. A run that is finished is not trained again.
+    """Train as many steps as the minutes hold, and test. A run that is finished is not trained again, and one that was stopped goes on, with the steps that it began with.
 
     Args:
         recipes: one on top of the other.
@@ -52,17 +52,17 @@ def fit(recipes: Sequence[str], options: Mapping[str, Any], seconds: float, minu
     steps = budget.steps_within(minutes, seconds)
     options = {**options, "trainer.max_steps": steps, "trainer.val_check_interval": steps, "seed_everything": seed}
     command = ["fit", *(word for name in recipes for word in ("-c", name)), *given(options)]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     if not (run / "summary.json").is_file():
+        where = folder_option(run)
+        words = ["fit", where] if where.startswith("--ckpt_path") else [*command, where]
         subprocess.run(
-            [sys.executable, "-m", "mmlong", *command, f"--run_dir={run}"],
-            check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=sys.stderr,
+            [sys.executable, "-m", "mmlong", *words], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=sys.stderr
         )  # fmt: skip
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     summary = json.loads((run / "summary.json").read_text())
+    computed = summary.get("train_cpu_seconds")
     row = {
         "steps": summary["steps"], "step_seconds": round(seconds, 3), "minutes": minutes, "seed": seed,
-        "cpu_minutes": round((after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 60, 1),
+        "cpu_minutes": None if computed is None else round(computed / 60, 1),
         "train_minutes": round(summary["train_seconds"] / 60, 1), "command": ["mmlong", *command],
     }  # fmt: skip
     return Trained(summary, row)

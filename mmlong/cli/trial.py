@@ -186,13 +186,16 @@ def train(trial: Trial, run: Path, steps: int | None, threads: int = 1) -> dict[
         TrialFailedError: it failed; why.
     """
     if not (run / SUMMARY).is_file():
-        run_logged(["-m", "mmlong", *fit_words(trial, steps), _folder(run)], run.with_name(f"{run.name}.log"), threads)
+        run_logged(
+            ["-m", "mmlong", *fit_words(trial, steps), folder_option(run)], run.with_name(f"{run.name}.log"), threads
+        )
     if not (run / SUMMARY).is_file():
         raise TrialFailedError(f"it ended without {run / SUMMARY}")
     return dict(json.loads((run / SUMMARY).read_text()))
 
 
-def _folder(run: Path) -> str:
+def folder_option(run: Path) -> str:
+    """The option that names a run's folder: ``--ckpt_path`` of one that a killed process left and that can be gone on with, else ``--run_dir``; what got nowhere is removed."""
     if is_run(run):
         from mmlong.training.checkpoints import newest_whole
 

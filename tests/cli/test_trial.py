@@ -173,12 +173,12 @@ def test_a_killed_run_goes_on_and_one_without_a_checkpoint_begins_anew(
         "mmlong.training.checkpoints.newest_whole", lambda folder: (next(iter(folder.glob("*.ckpt")), None), [])
     )
     run = tmp_path / "run"
-    assert code._folder(run) == f"--run_dir={run}"
+    assert code.folder_option(run) == f"--run_dir={run}"
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").write_text("")
-    assert code._folder(run) == f"--run_dir={run}"
+    assert code.folder_option(run) == f"--run_dir={run}"
     assert not run.exists()
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").write_text("")
     (run / "checkpoints" / "step=3.ckpt").write_text("")
-    assert code._folder(run) == f"--ckpt_path={run}"
+    assert code.folder_option(run) == f"--ckpt_path={run}"

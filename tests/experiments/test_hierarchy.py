@@ -56,6 +56,38 @@ def test_the_command_trains_what_the_minutes_hold_and_goes_on(tmp_path: Path, mo
         hierarchy.main(["percussion", "--forms", "sphere"])
 
 
+def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder is there, so that fit would refuse to begin in it; the steps are those that it began with."""
+    from mmlong.experiments import equal_minutes
+
+    ran: list[list[str]] = []
+
+    def killed(words: list[str], **_: Any) -> None:
+        ran.append(words[3:])
+        folder = Path(words[-1].partition("=")[2])
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text("")
+        if len(ran) > 1:
+            torch.save({"state_dict": {}}, folder / "checkpoints" / "step=3.ckpt")
+        if len(ran) > 2:
+            summary = {"train_seconds": 100, "steps": 240, "train_cpu_seconds": 90.0}
+            (folder / "summary.json").write_text(json.dumps(summary))
+            return
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "run", killed)
+    run = tmp_path / "run"
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            equal_minutes.fit(["text/bible_ar"], {}, 0.5, 2.0, 7, run)
+    found = equal_minutes.fit(["text/bible_ar"], {}, 0.6, 2.0, 7, run)
+    begun = ["fit", "-c", "text/bible_ar", "--trainer.max_steps=240", "--trainer.val_check_interval=240", "--seed_everything=7", f"--run_dir={run}"]  # fmt: skip
+    assert ran == [begun, begun, ["fit", f"--ckpt_path={run}"]]
+    assert (found.row["steps"], found.row["cpu_minutes"]) == (240, 1.5)
+    assert equal_minutes.fit(["text/bible_ar"], {}, 0.6, 2.0, 7, run).row["cpu_minutes"] == 1.5
+    assert len(ran) == 3
+
+
 def test_a_step_is_timed() -> None:
     seconds, parameters = hierarchy.step_seconds(
         load_recipes(["audio/percussion"]),
