@@ -32,7 +32,7 @@ class JointMaskedTask(SpansTask):
     """Prediction of chosen tokens of several modalities.
 
     Logs of each modality ``val/NAME/bits`` (per chosen token) and ``val/NAME/accuracy`` for codes, ``val/NAME/error`` (mean squared) for real values, and ``val/loss``. Where whole spans are hidden in training, the same of a span that
-    is hidden whole while all others are seen: ``val/NAME_from_others/bits``, and of text ``val/NAME_from_others/exact``, the share of spans of which every byte is right.
+    is hidden whole while all others of its row are seen, of rows that have others: ``val/NAME_from_others/bits``, and of text ``val/NAME_from_others/exact``, the share of spans of which every byte is right.
 
     Args:
         modalities: ``{NAME: {name: ..., option: ...}}``; what the data fixes is filled in from ``data_info``.
@@ -188,6 +188,8 @@ class JointMaskedTask(SpansTask):
                 found[name].append(guessed[name])
             for name in order if self.whole and len(order) > 1 else ():
                 mine = spans.kind == self.masked.names.index(name)
+                # As in training: a row of one span has nothing to be predicted from.
+                mine = mine & ((spans.kind >= 0) & ~mine).any(1, keepdim=True)
                 alone = self.guessed(spans, layout, torch.where(mine, HIDDEN, 0), draws)[name]
                 crossed[name].append((alone, mine.any(1)))
         counts = int(self.counted_rows(batch).sum())

@@ -174,6 +174,28 @@ def test_words_are_learned_from_their_picture(tmp_path: Path) -> None:
     assert found["test/picture_from_others/accuracy"] > 0.7  # either brightness alone: 0.5
 
 
+class Halves(Rows):
+    """Batches of which only the first two rows have a picture."""
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        found = super().__getitem__(place)
+        raw = found["parts"]["picture"]["raw"]
+        return {**found, "parts": {**found["parts"], "picture": {"raw": raw[:2], "rows": torch.tensor([0, 1])}}}
+
+
+def test_from_others_is_of_rows_that_have_others(tmp_path: Path) -> None:
+    """What is told of a row that has no other span would be a guess from nothing."""
+    module = task(whole=0.5)
+    told = {}
+    for name, data in (("halves", Halves()), ("all", Rows())):
+        run = trainer(tmp_path, max_steps=1)
+        told[name] = run.validate(module, DataLoader(data, batch_size=None), verbose=False)[0]  # type: ignore[arg-type]
+    # Rows repeat after two, so the first two alone give what all four do.
+    for what in ("bits", "accuracy", "exact"):
+        key = f"val/words_from_others/{what}"
+        assert told["halves"][key] == pytest.approx(told["all"][key], rel=1e-4), key
+
+
 def test_without_whole_spans_nothing_is_told_of_them(tmp_path: Path) -> None:
     module = task("image")
     found = trainer(tmp_path, max_steps=1).validate(module, DataLoader(Rows(), batch_size=None), verbose=False)[0]
