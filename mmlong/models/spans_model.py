@@ -161,7 +161,7 @@ class SpansModel(Model):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """As the plain model's; the stems are those of the voices."""
-        return {**super().group_matcher(coarse), "stem": r"^voices\.\w+\.(?:modality\b|start$|mask$|mark$)"}
+        return {**super().group_matcher(coarse), "stem": r"^voices\.[^.]+\.(?:modality\b|start$|mask$|mark$)"}
 
 
 def blank(modality: Modality, like: Tensor) -> Tensor:

@@ -97,4 +97,4 @@ class TowersModel(Model):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """As the plain model's; the stems are those of the towers."""
-        return {**super().group_matcher(coarse), "stem": r"^towers\.\w+\.modality\b"}
+        return {**super().group_matcher(coarse), "stem": r"^towers\.[^.]+\.modality\b"}

@@ -176,3 +176,18 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 def test_what_cannot_be_is_told(changes: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         build_model({**CONFIG, **changes})
+
+
+@pytest.mark.parametrize(
+    ("kind", "direction"), [("joint", "causal"), ("joint_masked", "alternate"), ("towers", "both")]
+)
+def test_a_stem_is_a_stem_whatever_its_name(kind: str, direction: str) -> None:
+    """Layer decay goes from stem to head, and a name may have a hyphen."""
+    from timm.models import group_parameters
+
+    named = {"left-ear": {"name": "text"}, "word": {"name": "text"}}
+    built = build_model({"kind": kind, "modalities": named, "backbone": {**BACKBONE, "direction": direction}})
+    layers = group_parameters(built, built.group_matcher(), reverse=True)
+    depth = {name: layer for name, layer in layers.items() if ".modality." in name}
+    assert {name.split(".")[1] for name in depth} == set(named)
+    assert set(depth.values()) == {0}
