@@ -1,7 +1,7 @@
 """MusicXML, plain or zipped (``.mxl``), as voices of a step grid: what `mmlong.modalities.music` reads.
 
 The partwise form of MusicXML 4.0 (W3C Music Notation Community Group 2021). Of each part the notes are taken at their places in time, in sixteenths; notes of a tie are one; grace notes are left out; repeats are not played. What a grid of one note a voice cannot hold is refused by name, never bent: chords, two voices in
-a part, shorter notes or triplets.
+a part, shorter notes or triplets, quarter tones.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _notes(part: Element, name: str) -> list[tuple[int, int, int]]:
                     raise BadSampleError(name, f"a chord at quarter {float(now):g}: a voice has one note at a time")
                 length = Fraction(element.findtext("duration") or "0") / divisions
                 if (pitch := element.find("pitch")) is not None:
-                    _add(found, now, length, _midi(pitch) + half_tones, _tied(element), name)
+                    _add(found, now, length, _midi(pitch, now, name) + half_tones, _tied(element), name)
                 now += length
             longest = max(longest, now)
         start_of_measure = longest
@@ -109,6 +109,11 @@ def _tied(note: Element) -> bool:
     return any(tie.get("type") == "stop" for tie in note.findall("tie"))
 
 
-def _midi(pitch: Element) -> int:
+def _midi(pitch: Element, now: Fraction, name: str) -> int:
     step, octave = pitch.findtext("step") or "", int(pitch.findtext("octave") or 0)
-    return 12 * (octave + 1) + HALF_TONES[step.strip()] + int(float(pitch.findtext("alter") or 0))
+    alter = float(pitch.findtext("alter") or 0)
+    if alter != int(alter):
+        raise BadSampleError(
+            name, f"a note at quarter {float(now):g} is altered by {alter:g}; a pitch is a whole half tone"
+        )
+    return 12 * (octave + 1) + HALF_TONES[step.strip()] + int(alter)

@@ -9,7 +9,7 @@ At 32 pixels the short paths are drawn brighter than the long ones (2 against 2 
 
 Departures, none of which changes what a picture shows:
 
-- the newest paddle of the *other* long path is in the way too (in the published code a path may cross it until its next step);
+- the newest paddle of the *other* long path is in the way too (in the published code a path may cross it until its next step), and so is the last paddle of the first long path for the short ones;
 - the label alternates in pairs whose order is drawn, so that a split is balanced exactly; theirs is a coin;
 - coordinates are rounded up after nine decimals, so that an exact whole number stays one on every machine.
 

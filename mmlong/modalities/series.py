@@ -55,7 +55,9 @@ class SeriesModality(Modality):
         self.mean.copy_((values * seen).sum((0, 2)) / count)
         self.scale.copy_((((values - self.mean[:, None]) * seen).square().sum((0, 2)) / count).sqrt().clamp_min(1e-6))
         gaps = raw[:, 0].diff(dim=1)
-        gaps = gaps[gaps > 0]  # what stands past a row's end is no time
+        # What stands past a row's end is no time: zeros down to the last column.
+        within = (raw != 0).any(1).flip(1).cumsum(1).flip(1)[:, 1:] > 0
+        gaps = gaps[within & (gaps > 0)]
         self.gap.copy_(gaps.mean() if len(gaps) else torch.tensor(1.0))
         self.fitted.fill_(True)
 

@@ -95,6 +95,7 @@ def test_any_notes_are_where_they_were_written(parts: list[list[tuple[int | None
     ("data", "said"),
     [
         (score([note(60, 1) + note(64, 1, "<chord/>")]), "a chord at quarter 0.25"),
+        (score([note(60, 1) + note(61, 1).replace("<alter>1<", "<alter>0.5<")]), "at quarter 0.25 is altered by 0.5"),
         (score([note(60, 1)], divisions=3), "is off the grid of sixteenths"),
         (score([note(60, 2) + "<backup><duration>2</duration></backup>" + note(55, 2)]), "two notes at once"),
         (score([note(None, 4)]), "has no notes"),

@@ -43,6 +43,11 @@ def test_means_and_deviations_are_of_what_was_observed() -> None:
         modality.scale, torch.tensor([1, 2, 4.0]).std(correction=0)[None].repeat(2) * torch.tensor([1.0, 10.0])
     )
     torch.testing.assert_close(modality.gap, torch.tensor(3.5 / 3))
+    # Nor is the step from a time before 0 to the padding a gap.
+    early = series()
+    early[:, 0] -= 5
+    modality.initialise(torch.cat([early, torch.zeros(1, 5, 3)], 2))
+    torch.testing.assert_close(modality.gap, torch.tensor(3.5 / 3))
     # A missing value is its channel's mean: what stands in its place in the raw data is not seen.
     other = series()
     other[0, 1, 2] = 99.0
