@@ -133,3 +133,18 @@ def test_the_picture(tmp_path: Path) -> None:
     results.add(cell(task="lra/text", data=TASKS["lra/text"].data, curve=()))
     plot(results, tmp_path / "b" / "a.png")
     assert (tmp_path / "b" / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_guess_is_right_once_in_as_many_classes() -> None:
+    from mmlong.datamodules.known import known_sequences
+    from mmlong.datamodules.known_images import KNOWN
+
+    there = {
+        "lra/text": ("news", known_sequences("news").labels["topic"]),
+        "lra/image": ("photos-grey", KNOWN["photos-grey"].labels["photograph"]),
+    }
+    for name, (data, classes) in there.items():
+        task = TASKS[name]
+        assert load_recipes([name])["data"]["init_args"]["dataset"] == data
+        assert task.chance_on(task.data) == 1 / len(classes)
+        assert task.chance_on(task.release) == task.chance
