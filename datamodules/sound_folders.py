@@ -85,7 +85,8 @@ def _speech_commands(folder: Path, rows: Sequence[Row]) -> list[Row]:
     for split, name in (("val", "validation_list.txt"), ("test", "testing_list.txt")):
         if (folder / name).is_file():
             splits |= dict.fromkeys((folder / name).read_text().split(), split)
-    by_name = {row.file.relative_to(folder).as_posix(): row for row in rows if not row.label.startswith("_")}
+    names = {row.file.relative_to(folder).as_posix(): row for row in rows}
+    by_name = {name: row for name, row in names.items() if not name.startswith("_")}
     if missing := splits.keys() - by_name.keys():
         raise DataError(folder, f"its lists of splits name {len(missing)} files that are not there", min(missing))
     return [row._replace(split=splits.get(name, "train")) for name, row in by_name.items()]

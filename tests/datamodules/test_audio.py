@@ -278,6 +278,9 @@ def test_speech_commands_by_tree_and_by_class(commands: Path, tmp_path: Path) ->
     tree = sound_folder(commands)
     assert tree.labels == {"label": ("no", "yes")}
     assert sorted(record.split or "" for record in tree.records) == ["test"] * 2 + ["train"] * 5 + ["val"]
+    bare = sound_folder(commands, labelled=False)
+    assert [(r.name, r.split) for r in bare.records] == [(r.name, r.split) for r in tree.records]
+    assert not bare.labels
     listed = torchaudio_source("SPEECHCOMMANDS", tmp_path)
     assert listed.labels == {"word": ("no", "yes")}
     by_name = {Path(record.name).as_posix().partition("speech_commands_v0.02/")[2]: record for record in listed.records}
