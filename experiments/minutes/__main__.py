@@ -103,6 +103,15 @@ def lines_of(one: Summary) -> list[str]:
     ]  # fmt: skip
 
 
+def shorter(recipe: str) -> str:
+    """A sentence where other people's layers are tested on shorter rows than the rest, which see more of the past."""
+    length = SUBJECTS[recipe].peers.get("data.eval_length")
+    ours = load_recipes([recipe])["data"]["init_args"].get("eval_length")
+    if length is None or ours is None or length >= ours:
+        return ""
+    return f"Other people's layers are tested on rows of at most {length:,} tokens, the rest on rows of {ours:,} and with more of the past: a part of the difference may be that."
+
+
 def markdown(rows: Sequence[Row], minutes: float) -> str:
     """A table a recipe, best first, every row's command below it, and what failed with the reason."""
     parts = []
@@ -130,6 +139,8 @@ def markdown(rows: Sequence[Row], minutes: float) -> str:
             for row in one.rows
             if row.failed
         ]
+        if note := shorter(recipe):
+            body += f"\n\n{note}"
         parts.append(f"## {recipe}, {minutes:g} CPU minutes\n\n{body}\n\nCommands (of the first seed):\n\n{commands}\n")
         if failed:
             parts.append("Failed:\n\n" + "\n".join(failed) + "\n")

@@ -379,6 +379,16 @@ def test_rows_are_kept_and_the_table_is_sorted(tried: list[Any], tmp_path: Path)
         minutes.main(["genome/binding200", "--minutes", "0"])
 
 
+def test_the_table_says_where_one_side_is_tested_on_shorter_rows() -> None:
+    def told(recipe: str) -> str:
+        setting = {"recipe": recipe, "contender": "other people's layers", "kind": "peers"}
+        return minutes.markdown([Row("k", setting, 0, {SUBJECTS[recipe].metric: 2.0}, command=["mmlong"])], 2.0)
+
+    assert "Other people's layers are tested on rows of at most 8,192 tokens, the rest on rows of 65,536" in told("text/stdlib_ar")  # fmt: skip
+    assert "are tested on rows" not in told("genome/chromosome_ar")  # 8,192 for all
+    assert "are tested on rows" not in told("genome/binding200")
+
+
 @pytest.mark.slow
 def test_a_debug_size_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In processes of their own, on the recipe's own data."""
