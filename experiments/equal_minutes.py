@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from mmlong.cli.timing import given
-from mmlong.cli.trial import folder_option
+from mmlong.cli.trial import alone, folder_option
 from mmlong.measure import budget
 
 Row = dict[str, Any]
@@ -52,12 +52,14 @@ def fit(recipes: Sequence[str], options: Mapping[str, Any], seconds: float, minu
     steps = budget.steps_within(minutes, seconds)
     options = {**options, "trainer.max_steps": steps, "trainer.val_check_interval": steps, "seed_everything": seed}
     command = ["fit", *(word for name in recipes for word in ("-c", name)), *given(options)]
-    if not (run / "summary.json").is_file():
-        where = folder_option(run)
-        words = ["fit", where] if where.startswith("--ckpt_path") else [*command, where]
-        subprocess.run(
-            [sys.executable, "-m", "mmlong", *words], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=sys.stderr
-        )  # fmt: skip
+    with alone(run.with_name(f"{run.name}.lock")):
+        if not (run / "summary.json").is_file():
+            where = folder_option(run)
+            words = ["fit", where] if where.startswith("--ckpt_path") else [*command, where]
+            subprocess.run(
+                [sys.executable, "-m", "mmlong", *words], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=sys.stderr,
+                close_fds=False,  # it inherits the lock
+            )  # fmt: skip
     summary = json.loads((run / "summary.json").read_text())
     computed = summary.get("train_cpu_seconds")
     row = {

@@ -21,6 +21,7 @@ from mmlong.arena.report import DEFAULT
 from mmlong.cli.errors import CommandError
 from mmlong.cli.recipes import load_recipes
 from mmlong.cli.timing import given, own_step_seconds, trainer_options
+from mmlong.cli.trial import alone
 from mmlong.measure.budget import steps_within
 from mmlong.runs import CHECKPOINTS, is_run
 from mmlong.training.metrics_csv import column, read_metrics
@@ -73,12 +74,12 @@ def told(more: dict[str, Any]) -> tuple[str, ...]:
 
 
 def call(words: list[str]) -> None:
-    """Run ``mmlong`` in a process of its own, what it says to standard error.
+    """Run ``mmlong`` in a process of its own, which inherits the lock of its run; what it says goes to standard error.
 
     Raises:
         RuntimeError: it failed.
     """
-    done = subprocess.run([sys.executable, "-m", "mmlong", *words], stdout=sys.stderr, check=False)
+    done = subprocess.run([sys.executable, "-m", "mmlong", *words], stdout=sys.stderr, check=False, close_fds=False)
     if done.returncode:
         raise RuntimeError(f"mmlong {words[0]} ended with status {done.returncode}; what it said stands above")
 
@@ -98,7 +99,7 @@ def train(
         run: runs the command; :func:`call` unless given.
 
     Raises:
-        CommandError: the recipe has no place for the mixer, or the run was begun with other options.
+        CommandError: the recipe has no place for the mixer, the run was begun with other options, or another process still trains it.
         RuntimeError: training failed.
     """
     folder = run_folder(root, task, mixer, size, seed, minutes, path)
@@ -106,11 +107,12 @@ def train(
     plan = _plan(folder, task.recipes(size), options, minutes)
     words = [word for recipe in task.recipes(size) for word in ("-c", recipe)]
     command = ["fit", *words, *given({**plan["steps"], **options}), f"--run_dir={folder}"]
-    if not (folder / "summary.json").is_file():
-        begun = is_run(folder) and any((folder / CHECKPOINTS).glob("*.ckpt"))
-        if is_run(folder) and not begun:
-            shutil.rmtree(folder)  # killed before there was anything to go on with
-        (run or call)(["fit", f"--ckpt_path={folder}"] if begun else command)
+    with alone(folder.with_name(folder.name + ".lock")):
+        if not (folder / "summary.json").is_file():
+            begun = is_run(folder) and any((folder / CHECKPOINTS).glob("*.ckpt"))
+            if is_run(folder) and not begun:
+                shutil.rmtree(folder)  # killed before there was anything to go on with
+            (run or call)(["fit", f"--ckpt_path={folder}"] if begun else command)
     summary = json.loads((folder / "summary.json").read_text())
     steps, accuracies = column(read_metrics(folder / "metrics.csv"), "val/accuracy")
     return Cell(

@@ -7,6 +7,7 @@ type, ``mmlong fit``, which is kept beside its result. What a process says goes 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -19,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from mmlong.bench.process import how_it_died
 from mmlong.cli.errors import CommandError
@@ -94,11 +95,30 @@ def key_value(text: str) -> tuple[str, str]:
     return key, value
 
 
-def run_logged(words: list[str], log: Path, threads: int = 1) -> str:
+@contextlib.contextmanager
+def alone(lock: Path) -> Iterator[TextIO]:
+    """A file, opened to append to and locked. A process that inherits it keeps the lock, should this one be killed: one whose output it is, or that is started with ``close_fds=False``.
+
+    Raises:
+        TrialBusyError: another process still works on it.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "a+", encoding="utf-8", errors="replace") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise TrialBusyError(
+                f"another process still works on it (it holds {lock}): wait until it is done, or end it", status=1
+            ) from error
+        os.set_inheritable(file.fileno(), True)
+        yield file
+
+
+def run_logged(words: list[str] | Callable[[], list[str]], log: Path, threads: int = 1) -> str:
     """Run ``python WORDS`` to its end; what it said.
 
     Args:
-        words: of the command, behind ``python``.
+        words: of the command, behind ``python``; a function is asked for them when nobody else works on it.
         log: where what it says is kept, after what an earlier process said.
         threads: of torch.
 
@@ -107,15 +127,9 @@ def run_logged(words: list[str], log: Path, threads: int = 1) -> str:
         TrialBusyError: another process still works on it.
         KeyboardInterrupt: it was stopped.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a+", encoding="utf-8", errors="replace") as file:
-        try:
-            # The process inherits the open file and so the lock, and keeps it should this one be killed.
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise TrialBusyError(
-                f"another process still works on it (it holds {log}): wait until it is done, or end it", status=1
-            ) from error
+    with alone(log) as file:
+        if callable(words):
+            words = words()
         file.seek(0, os.SEEK_END)
         begun = file.tell()
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "COLUMNS": "120"}
@@ -186,9 +200,10 @@ def train(trial: Trial, run: Path, steps: int | None, threads: int = 1) -> dict[
         TrialFailedError: it failed; why.
     """
     if not (run / SUMMARY).is_file():
+        # Only behind the lock is it known that a folder without a checkpoint is nobody's.
         run_logged(
-            ["-m", "mmlong", *fit_words(trial, steps), folder_option(run)], run.with_name(f"{run.name}.log"), threads
-        )
+            lambda: ["-m", "mmlong", *fit_words(trial, steps), folder_option(run)], run.with_name(f"{run.name}.log"), threads
+        )  # fmt: skip
     if not (run / SUMMARY).is_file():
         raise TrialFailedError(f"it ended without {run / SUMMARY}")
     return dict(json.loads((run / SUMMARY).read_text()))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,34 @@ def test_a_run_that_was_stopped_goes_on(pretender: Pretender, tmp_path: Path) ->
     assert second == ["fit", f"--ckpt_path={folder}"]
     with pytest.raises(CommandError, match="begun with other options"):
         train(**{**arguments, "more": {"data.batch_size": 3}})
+
+
+def test_a_run_that_another_command_trains_is_left_alone(
+    pretender: Pretender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where that command was killed, and what it had started goes on."""
+    arguments: dict[str, Any] = {
+        "task": TASKS["lra/pathfinder32"], "mixer": "default", "size": "cpu", "seed": 1, "minutes": 1.0, "path": None, "root": tmp_path / "runs", "more": {},
+    }  # fmt: skip
+    orphans: list[subprocess.Popen[bytes]] = []
+
+    def orphaned(words: list[str]) -> None:
+        folder = Path(next(w.partition("=")[2] for w in words if w.startswith("--run_dir=")))
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "config.yaml").write_text("recipe: x\n")  # and no checkpoint yet
+        orphans.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], close_fds=False))
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        train(**arguments, run=orphaned)
+    try:
+        with pytest.raises(CommandError, match="another process still works on it"):
+            train(**arguments)
+        assert len(list((tmp_path / "runs").rglob("config.yaml"))) == 1
+    finally:
+        orphans[0].kill()
+        orphans[0].wait()
+    assert train(**arguments).accuracy == 0.6
 
 
 def test_a_run_that_got_nowhere_begins_anew(pretender: Pretender, tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The words of every process that would have been started; each runs here instead."""
     words_of: list[list[str]] = []
 
-    def run(words: list[str], log: Path, threads: int = 1) -> str:
+    def run(given: list[str] | Callable[[], list[str]], log: Path, threads: int = 1) -> str:
+        words = given() if callable(given) else given
         words_of.append(words)
         assert words[0] == "-m"
         said = io.StringIO()

@@ -95,6 +95,18 @@ def test_an_orphan_keeps_its_lock(tmp_path: Path) -> None:
     raise AssertionError("the lock outlived the process")
 
 
+def test_a_run_that_another_process_has_begun_is_left_alone(tmp_path: Path) -> None:
+    """It has no checkpoint yet, as one that was killed would not."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("")
+    with open(tmp_path / "run.log", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(TrialBusyError, match=r"run\.log"):
+            code.train(Trial(("text/news",)), run, 1)
+    assert (run / "config.yaml").is_file()
+
+
 def test_words_and_keys(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("a: 1\n")
