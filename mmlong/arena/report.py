@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from rich.table import Table
 
 from mmlong.arena.published import PUBLISHED
 from mmlong.arena.tasks import TASKS
+from mmlong.results import markdown_table, read_json, write_json
 
 FORMAT = 1
 DEFAULT = "default"
@@ -88,10 +87,7 @@ class Results:
     def save(self, path: Path) -> None:
         """Write JSON: whole or not at all."""
         cells = [dataclasses.asdict(cell) for cell in self.cells.values()]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".part")
-        beside.write_text(json.dumps({"format": FORMAT, "machine": self.machine, "cells": cells}, indent=1) + "\n")
-        os.replace(beside, path)
+        write_json(path, {"format": FORMAT, "machine": self.machine, "cells": cells})
 
     @classmethod
     def load(cls, path: Path) -> Results:
@@ -100,21 +96,15 @@ class Results:
         Raises:
             BadResultsError: it cannot be read, or is something else.
         """
-        try:
-            content = json.loads(path.read_text())
-            if content["format"] != FORMAT:
-                raise BadResultsError(f"{path} has format {content['format']}; this reads {FORMAT}")
-            made = [
-                Cell(**{**cell, "curve": tuple((int(s), float(a)) for s, a in cell["curve"]), "command": tuple(cell["command"]), "options": tuple(cell["options"])})
-                for cell in content["cells"]
-            ]  # fmt: skip
-            return cls({cell.key: cell for cell in made}, dict(content["machine"]))
-        except BadResultsError:
-            raise
-        except OSError as error:
-            raise BadResultsError(f"{path} cannot be read: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadResultsError(f"{path} holds no results of mmlong arena: {error}") from error
+        return read_json(path, "results of mmlong arena", cls._of, BadResultsError, FORMAT)
+
+    @classmethod
+    def _of(cls, content: dict[str, Any]) -> Results:
+        made = [
+            Cell(**{**cell, "curve": tuple((int(s), float(a)) for s, a in cell["curve"]), "command": tuple(cell["command"]), "options": tuple(cell["options"])})
+            for cell in content["cells"]
+        ]  # fmt: skip
+        return cls({cell.key: cell for cell in made}, dict(content["machine"]))
 
     def tasks(self) -> list[str]:
         """Tasks that have a cell, in the arena's order."""
@@ -188,8 +178,7 @@ def table(results: Results, published: bool = True) -> Table:
 def markdown(results: Results, published: bool = True) -> str:
     """The same, for a README, with what was read below it."""
     head, rows = _lines(results, published)
-    lines = [head, ["---"] * len(head), *rows]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    text = markdown_table(head, rows)
     star = " (\\*)"
     data = dict.fromkeys(
         f"`{cell.task}`: {cell.data}{star if stands_in(cell) else ''}" for cell in results.cells.values()

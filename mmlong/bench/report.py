@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from mmlong.bench.rows import Growth, Row, growths, ratio
+from mmlong.results import read_json, write_json
 
 FORMAT = 1
 
@@ -61,8 +61,7 @@ class Report:
             "format": FORMAT, "command": self.command, "settings": self.settings, "machine": self.machine,
             "rows": rows, "growth": [asdict(g) for g in growths(self.rows)], "streams": self.streams,
         }  # fmt: skip
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        write_json(path, content)
 
     @classmethod
     def load(cls, path: Path) -> Report:
@@ -71,19 +70,13 @@ class Report:
         Raises:
             BadReportError: it is not there, or is no report.
         """
-        try:
-            content = json.loads(path.read_text())
-            if content["format"] != FORMAT:
-                raise BadReportError(f"{path} is a report of format {content['format']}; this reads {FORMAT}")
-            made = ("ratio", "share_of_gemm_peak")
-            rows = [Row.from_dict({k: v for k, v in row.items() if k not in made}) for row in content["rows"]]
-            return cls(content["command"], content["settings"], content["machine"], rows, content["streams"])
-        except BadReportError:
-            raise
-        except OSError as error:
-            raise BadReportError(f"{path} cannot be read: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadReportError(f"{path} is no report of mmlong bench: {error}") from error
+        return read_json(path, "report of mmlong bench", cls._of, BadReportError, FORMAT)
+
+    @classmethod
+    def _of(cls, content: dict[str, Any]) -> Report:
+        made = ("ratio", "share_of_gemm_peak")
+        rows = [Row.from_dict({k: v for k, v in row.items() if k not in made}) for row in content["rows"]]
+        return cls(content["command"], content["settings"], content["machine"], rows, content["streams"])
 
 
 def machine_line(machine: dict[str, Any]) -> str:

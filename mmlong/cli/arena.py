@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from mmlong.cli.diagnose import parse_mixer
+from mmlong.cli.cells import grid_parser, keep, load_cells, reason, write_pages
+from mmlong.cli.console import wide_console
 from mmlong.cli.errors import CommandError
 
 ABOUT = """\
@@ -23,56 +24,34 @@ def run_arena(argv: list[str]) -> int:
     Raises:
         CommandError: something is wrong with the command.
     """
-    from mmlong.arena import BadResultsError, Results, markdown, plot, table
+    from mmlong.arena import Results, markdown, plot, table
 
     options = _options(argv)
-    try:
-        results = Results.load(options.json) if options.json and options.json.exists() else Results()
-    except BadResultsError as error:
-        raise CommandError(str(error)) from error
-    console = Console(stderr=True)
-    if options.show:
-        if not results.cells:
-            raise CommandError("--show: which results? --json FILE of an earlier run")
-    else:
-        _train_all(options, results, console)
-    Console(width=None if sys.stdout.isatty() else 400).print(table(results, not options.no_published))
+    results = load_cells(Results, "results", options)
+    if not options.show:
+        _train_all(options, results, Console(stderr=True))
+    wide_console(400).print(table(results, not options.no_published))
     failures = [cell for cell in results.cells.values() if cell.failed]
     for cell in failures:
         print(f"failed: {cell.task}, {cell.mixer}, seed {cell.seed}: {cell.failed}")
-    try:
-        if options.plot:
-            plot(results, options.plot)
-        if options.markdown:
-            options.markdown.parent.mkdir(parents=True, exist_ok=True)
-            options.markdown.write_text(markdown(results, not options.no_published))
-    except (OSError, ValueError) as error:
-        raise CommandError(f"cannot write: {error}", status=1) from error
+    write_pages(options, lambda: markdown(results, not options.no_published), lambda path: plot(results, path))
     return 1 if failures else 0
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
     from mmlong.arena import SIZES, TASKS
 
-    tasks = "\n".join(f"  {task.name:<20}{task.about}; reads {task.data}; or {task.release}" for task in TASKS.values())
-    parser = argparse.ArgumentParser(
-        prog="mmlong arena", description=ABOUT, epilog=f"tasks:\n{tasks}", allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    tasks = {task.name: f"{task.about}; reads {task.data}; or {task.release}" for task in TASKS.values()}
+    parser = grid_parser("arena", ABOUT, tasks, "trained", "the validation curves")
     parser.add_argument("tasks", nargs="*", metavar="TASK", help="a name, or a pattern in quotes, e.g. 'lra/*'")
     parser.add_argument("--size", choices=SIZES, default="cpu", help="debug: a few steps; cpu (default): equal CPU minutes; paper: the benchmark's steps and shapes, for GPUs")  # fmt: skip
     parser.add_argument("--mixers", nargs="+", default=["default"], metavar="MIXER", help="default (the recipe's own), a name, a pattern in quotes, or NAME:OPTION=VALUE,...")  # fmt: skip
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N - 1 (default 1)")
     parser.add_argument("--minutes", type=float, metavar="M", help="of CPU time for each training of size cpu (default: the task's, 20)")  # fmt: skip
     parser.add_argument("--source", action="append", default=[], metavar="TASK=PATH", help="your copy of the benchmark's data for a task; repeat it for others")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a further option of fit, e.g. trainer.accelerator=gpu")  # fmt: skip
     parser.add_argument("--runs", type=Path, default=Path("runs/arena"), help="where the runs are kept (default runs/arena)")  # fmt: skip
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU, for each training (default 1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep every cell there; cells that are there already are not trained again")  # fmt: skip
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the validation curves there")
     parser.add_argument("--no_published", action="store_true", help="leave the published numbers out")
-    parser.add_argument("--show", action="store_true", help="train nothing; show what --json holds")
     options = parser.parse_args(argv)
     if options.seeds < 1 or options.threads < 1 or (options.minutes is not None and options.minutes <= 0):
         raise CommandError("--seeds and --threads are at least 1, and --minutes is positive")
@@ -98,21 +77,11 @@ def _tasks(asked: list[str]) -> list[Any]:
 
 def _mixers(asked: list[str]) -> list[Any]:
     from mmlong.arena.report import DEFAULT
+    from mmlong.cli.mixer_words import mixers_of
     from mmlong.mixers import list_mixers
-    from mmlong.registry import nearest
 
-    found: list[Any] = []
-    for text in asked:
-        if text == DEFAULT:
-            found.append(DEFAULT)
-            continue
-        mixer = parse_mixer(text)
-        name = mixer if isinstance(mixer, str) else mixer["name"]
-        names = fnmatch.filter(list_mixers(), name)
-        if not names:
-            raise CommandError(f"{name!r} is no mixer{nearest(name, list_mixers())}; `mmlong mixers` lists them")
-        found += [one if isinstance(mixer, str) else {**mixer, "name": one} for one in names]
-    return found
+    known = list_mixers()
+    return [mixer for text in asked for mixer in ([DEFAULT] if text == DEFAULT else mixers_of(text, known))]
 
 
 def _named(given: list[str], flag: str) -> dict[str, str]:
@@ -183,18 +152,7 @@ def _train_all(options: argparse.Namespace, results: Any, console: Console) -> N
                 try:
                     cell = train(task, mixer, options.size, seed, minutes, path, options.runs, more)
                 except (RuntimeError, ValueError, TypeError) as error:
-                    cell = _failed(empty, error)
-                results.add(cell)
-                if options.json:
-                    try:
-                        results.save(options.json)
-                    except OSError as error:
-                        raise CommandError(f"--json {options.json}: {error.strerror or error}", status=1) from error
+                    cell = replace(empty, failed=reason(error))
+                keep(results, cell, options.json)
                 said = cell.failed or ("no test" if cell.accuracy is None else f"test accuracy {cell.accuracy:.1%}")
                 console.print(f"{task.name}, {cell.mixer}, seed {seed}: {said} ({cell.steps:,} steps, {cell.cpu_seconds / 60:.1f} CPU minutes)")  # fmt: skip
-
-
-def _failed(cell: Any, error: Exception) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(cell, failed=str(error).split("\n")[0] or type(error).__name__)

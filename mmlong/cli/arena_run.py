@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -20,9 +19,11 @@ from mmlong.arena import ArenaTask, Cell, swap_mixer
 from mmlong.arena.report import DEFAULT
 from mmlong.cli.errors import CommandError
 from mmlong.cli.recipes import load_recipes
-from mmlong.cli.timing import given, own_step_seconds, trainer_options
+from mmlong.cli.timing import own_step_seconds, trainer_options
+from mmlong.cli.train import words_of
 from mmlong.cli.trial import alone
 from mmlong.measure.budget import steps_within
+from mmlong.results import write_json
 from mmlong.runs import CHECKPOINTS, is_run
 from mmlong.training.metrics_csv import column, read_metrics
 
@@ -70,7 +71,7 @@ def run_folder(root: Path, task: ArenaTask, mixer: Any, size: str, seed: int, mi
 
 def told(more: dict[str, Any]) -> tuple[str, ...]:
     """Further options as a cell keeps them."""
-    return tuple(sorted(word.removeprefix("--") for word in given(more)))
+    return tuple(sorted(word.removeprefix("--") for word in words_of((), more)))
 
 
 def call(words: list[str]) -> None:
@@ -105,8 +106,7 @@ def train(
     folder = run_folder(root, task, mixer, size, seed, minutes, path)
     options = options_of(task, mixer, size, seed, path, more)
     plan = _plan(folder, task.recipes(size), options, minutes)
-    words = [word for recipe in task.recipes(size) for word in ("-c", recipe)]
-    command = ["fit", *words, *given({**plan["steps"], **options}), f"--run_dir={folder}"]
+    command = ["fit", *words_of(task.recipes(size), {**plan["steps"], **options}), f"--run_dir={folder}"]
     with alone(folder.with_name(folder.name + ".lock")):
         if not (folder / "summary.json").is_file():
             begun = is_run(folder) and any((folder / CHECKPOINTS).glob("*.ckpt"))
@@ -147,8 +147,5 @@ def _plan(folder: Path, recipes: list[str], options: dict[str, Any], minutes: fl
         if warmup > count // 5:
             steps["model.optim.warmup"] = count // 5
     plan = {**told, "steps": steps, "batch_size": init.get("batch_size", 16) * accumulated}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(file.name + ".part")
-    beside.write_text(json.dumps(plan, indent=1) + "\n")
-    os.replace(beside, file)
+    write_json(file, plan)
     return plan

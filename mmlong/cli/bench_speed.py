@@ -22,6 +22,7 @@ from mmlong.bench.peers import PEERS, MissingPackageError, peers_of, require
 from mmlong.bench.process import Job, run_job
 from mmlong.bench.report import BadReportError, Report, growth_lines, machine_line, plot, stream_table, table
 from mmlong.bench.rows import growths
+from mmlong.cli.console import wide_console
 from mmlong.cli.errors import CommandError
 from mmlong.cli.mixer_words import mixer_names, mixer_options
 from mmlong.measure.machine import DTYPES, describe
@@ -402,7 +403,7 @@ def _measured(
 
 
 def _show(report: Report) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 170, highlight=False)
+    console = wide_console(170, highlight=False)
     console.print(shlex.join(report.command), markup=False)
     console.print(machine_line(report.machine), markup=False)
     if report.rows:
@@ -433,7 +434,7 @@ def _peers(argv: list[str]) -> int:
         peer = PEERS[name]
         there = peer.package if peer.installed else f"{peer.package} (not installed: pip install {peer.package})"
         made.add_row(name, peer.mixer, peer.title, peer.direction, "yes" if peer.same else "no", there)
-    Console(width=None if sys.stdout.isatty() else 160).print(made)
+    wide_console(160).print(made)
     return 0
 
 

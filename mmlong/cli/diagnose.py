@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import fnmatch
-import sys
-from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
+from mmlong.cli.cells import grid_parser, keep, load_cells, reason, write_pages
+from mmlong.cli.console import wide_console
 from mmlong.cli.errors import CommandError
 
 ABOUT = """\
@@ -23,19 +21,12 @@ def run_diagnose(argv: list[str]) -> int:
     Raises:
         CommandError: something is wrong with the command.
     """
-    from mmlong.diagnose.report import BadFindingsError, Findings, markdown, plot, table
+    from mmlong.diagnose.report import Findings, markdown, plot, table
     from mmlong.measure.machine import describe
 
     options = _options(argv)
-    try:
-        findings = Findings.load(options.json) if options.json and options.json.exists() else Findings()
-    except BadFindingsError as error:
-        raise CommandError(str(error)) from error
-    console = Console(stderr=True)
-    if options.show:
-        if not findings.cells:
-            raise CommandError("--show: which findings? --json FILE of an earlier run")
-    else:
+    findings = load_cells(Findings, "findings", options)
+    if not options.show:
         if not options.mixers:
             raise CommandError("which mixers? e.g. mmlong diagnose mamba2 attention 's4*' --json found.json")
         import torch
@@ -43,21 +34,15 @@ def run_diagnose(argv: list[str]) -> int:
         if options.threads:
             torch.set_num_threads(options.threads)
         findings.machine, findings.command = describe("cpu", options.threads), ["mmlong", "diagnose", *argv]
-        _learn_all(options, findings, console)
-    Console(width=None if sys.stdout.isatty() else 400).print(table(findings))
+        _learn_all(options, findings, Console(stderr=True))
+    wide_console(400).print(table(findings))
     wrong = [said for said in findings.published() if not said[1]]
     for said, holds in findings.published():
         print(("as published: " if holds else "NOT as published: ") + said)
     failures = [cell for cell in findings.cells.values() if cell.failed]
     for cell in failures:
         print(f"failed: {cell.setting.key}: {cell.failed}")
-    try:
-        if options.plot:
-            plot(findings, options.plot)
-        if options.markdown:
-            options.markdown.write_text(markdown(findings))
-    except (OSError, ValueError) as error:
-        raise CommandError(f"cannot write: {error}", status=1) from error
+    write_pages(options, lambda: markdown(findings), lambda path: plot(findings, path))
     if wrong:
         print(f"{len(wrong)} of {len(findings.published())} published relations do not show")
     return 1 if failures else 0
@@ -66,74 +51,28 @@ def run_diagnose(argv: list[str]) -> int:
 def _options(argv: list[str]) -> argparse.Namespace:
     from mmlong.diagnose.probes import PROBES
 
-    probes = "\n".join(f"  {name:<18}{PROBES[name].about}" for name in PROBES.names())
-    parser = argparse.ArgumentParser(
-        prog="mmlong diagnose", description=ABOUT, epilog=f"tasks:\n{probes}", allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    tasks = {name: PROBES[name].about for name in PROBES.names()}
+    parser = grid_parser("diagnose", ABOUT, tasks, "learned", "the table")
     parser.add_argument(
         "mixers", nargs="*", metavar="MIXER", help="a name, a pattern in quotes, or NAME:OPTION=VALUE,..."
     )
     parser.add_argument("--tasks", default="*", help="names or patterns, by commas (default: all)")
     parser.add_argument("--dims", default="64", help="widths, by commas (default 64)")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N - 1 (default 1)")
     parser.add_argument("--depth", type=int, default=2, help="blocks (default 2)")
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of training steps (default 1)")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 for its own choice")
-    parser.add_argument(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        help="keep every cell there; cells that are there already are not learned again",
-    )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the table there")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there")
-    parser.add_argument("--show", action="store_true", help="learn nothing; show what --json holds")
     options = parser.parse_args(argv)
     if options.seeds < 1 or options.depth < 1 or options.scale <= 0:
         raise CommandError("--seeds and --depth are at least 1, and --scale is positive")
     return options
 
 
-def parse_mixer(text: str) -> Any:
-    """``name`` or ``name:option=value,...`` as a recipe has it; values are YAML.
-
-    Raises:
-        CommandError: an option without a value.
-    """
-    name, colon, rest = text.partition(":")
-    if not colon:
-        return name
-    options = {}
-    for part in rest.split(","):
-        key, equals, value = part.partition("=")
-        if not equals or not key:
-            raise CommandError(f"{text!r}: options are written NAME:OPTION=VALUE,OPTION=VALUE")
-        options[key] = yaml.safe_load(value)
-    return {"name": name, **options}
-
-
-def _mixers(asked: list[str]) -> list[Any]:
-    from mmlong.mixers import MIXERS, list_mixers
-    from mmlong.registry import nearest
-
-    causal = list_mixers(causal=True)
-    found: list[Any] = []
-    for text in asked:
-        mixer = parse_mixer(text)
-        name = mixer if isinstance(mixer, str) else mixer["name"]
-        names = fnmatch.filter(causal, name)
-        if not names:
-            why = "has no causal form" if name in MIXERS else f"is no mixer{nearest(name, causal)}"
-            raise CommandError(f"{name!r} {why}; `mmlong mixers` lists them")
-        found += [one if isinstance(mixer, str) else {**mixer, "name": one} for one in names]
-    return found
-
-
 def _learn_all(options: argparse.Namespace, findings: Any, console: Console) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from mmlong.cli.mixer_words import mixers_of
     from mmlong.diagnose import Cell, Setting, learn, list_probes
+    from mmlong.mixers import list_mixers
     from mmlong.registry import nearest
 
     probes = list(dict.fromkeys(name for part in options.tasks.split(",") for name in list_probes(part.strip())))
@@ -146,9 +85,10 @@ def _learn_all(options: argparse.Namespace, findings: Any, console: Console) -> 
         dims = [int(part) for part in options.dims.split(",")]
     except ValueError:
         raise CommandError(f"--dims {options.dims!r} are no widths like 32,64") from None
+    mixers = [mixer for text in options.mixers for mixer in mixers_of(text, list_mixers(causal=True))]
     settings = [
         Setting(mixer, probe, dim, options.depth, seed, options.scale)
-        for mixer in _mixers(options.mixers) for dim in dims for probe in probes for seed in range(options.seeds)
+        for mixer in mixers for dim in dims for probe in probes for seed in range(options.seeds)
     ]  # fmt: skip
     missing = [s for s in settings if s.key not in findings.cells]
     if done := len(settings) - len(missing):
@@ -165,13 +105,8 @@ def _learn_all(options: argparse.Namespace, findings: Any, console: Console) -> 
             try:
                 cell = learn(setting, told)
             except (ValueError, TypeError, RuntimeError) as error:
-                cell = Cell(setting, failed=str(error).split("\n")[0])
-            findings.add(cell)
-            if options.json:
-                try:
-                    findings.save(options.json)
-                except OSError as error:
-                    raise CommandError(f"--json {options.json}: {error.strerror or error}", status=1) from error
+                cell = Cell(setting, failed=reason(error))
+            keep(findings, cell, options.json)
             progress.advance(bar)
             said = cell.failed or ", ".join(f"{test} {value:.1%}" for test, value in cell.accuracy.items())
             console.print(f"{setting.key}: {said} ({cell.steps} steps, {cell.seconds:.0f} s)")

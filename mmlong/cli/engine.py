@@ -22,12 +22,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from mmlong.cli.errors import CommandError
 from mmlong.cli.predictions import PredictionWriter
-from mmlong.cli.runs import BEST, Resumed, command_line, new_run, resolve_checkpoint, tell_story, write_json
+from mmlong.cli.runs import BEST, Resumed, command_line, new_run, resolve_checkpoint, tell_story
 from mmlong.datamodules.errors import DataError
 from mmlong.measure import machine
 from mmlong.measure.checkout import commit
 from mmlong.measure.machine import describe as describe_machine
 from mmlong.models import save_model
+from mmlong.results import write_json
 from mmlong.runs import CHECKPOINTS, CONFIG
 from mmlong.tasks import ArchitectureMismatchError, Task
 from mmlong.training.adapters import ADAPTER, save_adapter

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
 from mmlong.cli.errors import CommandError
-from mmlong.mixers import list_mixers
+from mmlong.mixers import MIXERS, list_mixers
 from mmlong.registry import nearest
 
 
@@ -38,3 +39,40 @@ def mixer_options(given: Sequence[str], mixers: Sequence[str], done: str) -> dic
         for target in [mixer] if dot else mixers:
             made[target][name] = yaml.safe_load(value)
     return made
+
+
+def parse_mixer(text: str) -> str | dict[str, Any]:
+    """``name`` or ``name:option=value,...`` as a recipe has it; values are YAML.
+
+    Raises:
+        CommandError: an option without a value.
+    """
+    name, colon, rest = text.partition(":")
+    if not colon:
+        return name
+    options = {}
+    for part in rest.split(","):
+        key, equals, value = part.partition("=")
+        if not equals or not key:
+            raise CommandError(f"{text!r}: options are written NAME:OPTION=VALUE,OPTION=VALUE")
+        options[key] = yaml.safe_load(value)
+    return {"name": name, **options}
+
+
+def mixers_of(text: str, known: Sequence[str]) -> list[str | dict[str, Any]]:
+    """What a word of a command names, as a recipe has it: ``NAME``, a shell pattern, either with ``:OPTION=VALUE,...``.
+
+    Args:
+        text: the word.
+        known: mixers that may be named.
+
+    Raises:
+        CommandError: it names none of them.
+    """
+    mixer = parse_mixer(text)
+    name = mixer if isinstance(mixer, str) else str(mixer["name"])
+    names = fnmatch.filter(known, name)
+    if not names:
+        why = "has no causal form" if name in MIXERS else f"is no mixer{nearest(name, known)}"
+        raise CommandError(f"{name!r} {why}; `mmlong mixers` lists them")
+    return [one if isinstance(mixer, str) else {**mixer, "name": one} for one in names]

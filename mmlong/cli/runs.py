@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmlong.cli.errors import CommandError
+from mmlong.results import write_json
 from mmlong.runs import CHECKPOINTS, is_run, model_folder, runs_of
 
 BEST = "best.ckpt"
@@ -185,10 +186,3 @@ def tell_story(run: Path, part: dict[str, Any], told: dict[str, Any]) -> None:
 def command_line(arguments: list[str]) -> str:
     """A command as it can be pasted into a shell."""
     return shlex.join(arguments)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON in one step."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)

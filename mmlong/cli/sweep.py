@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from mmlong.cli.errors import CommandError
 from mmlong.cli.recipes import load_recipes, main_recipes
 from mmlong.cli.sweep_grid import Axis, combinations, parse_axes, short_names
-from mmlong.cli.train import check_config, hush, pairs, split_arguments
+from mmlong.cli.train import check_config, hush, pairs, split_arguments, words_of
+from mmlong.results import markdown_table
 
 if TYPE_CHECKING:
     from mmlong.cli.trial_table import Summary
@@ -141,7 +141,7 @@ def _check(config: dict[str, Any], names: list[str], shared: dict[str, str], axe
             hint = "give --seeds" if key == "seed_everything" else "the sweep sees to it (--out)"
             raise CommandError(f"--{key}: {hint}")
     for setting in combinations(axes):
-        words = [f"--{key}={value}" for key, value in {**shared, **setting}.items()]
+        words = words_of((), {**shared, **setting})
         check_config(config, words, " + ".join(names))
         parse(config, words)
 
@@ -183,9 +183,10 @@ def _lines(found: list[Summary], titles: dict[str, str], by: str) -> list[list[s
 
 
 def _show(found: list[Summary], titles: dict[str, str], by: str) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from mmlong.cli.console import wide_console
 
     head, *rows = _lines(found, titles, by)
     made = Table(box=None, pad_edge=False)
@@ -193,14 +194,13 @@ def _show(found: list[Summary], titles: dict[str, str], by: str) -> None:
         made.add_column(Text(title))
     for row in rows:
         made.add_row(*map(Text, row))
-    Console(width=None if sys.stdout.isatty() else 400).print(made)
+    wide_console(400).print(made)
 
 
 def markdown(found: list[Summary], titles: dict[str, str], by: str) -> str:
     """The table, for a README."""
     head, *rows = _lines(found, titles, by)
-    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return markdown_table(head, rows)
 
 
 def _say_best(found: list[Summary], names: list[str], shared: dict[str, str], titles: dict[str, str], by: str) -> None:
@@ -210,8 +210,7 @@ def _say_best(found: list[Summary], names: list[str], shared: dict[str, str], ti
     if best.mean is None:
         print(f"no run has {by}")
         return
-    words = ["mmlong", "fit", *(word for name in names for word in ("-c", name))]
-    words += [f"--{key}={value}" for key, value in {**shared, **best.setting}.items()]
+    words = ["mmlong", "fit", *words_of(names, {**shared, **best.setting})]
     print(f"best: {_named(best.setting, titles)}: {by} {best.told}\ntrain it with: {command_line(words)}")
 
 

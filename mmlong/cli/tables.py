@@ -13,8 +13,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from mmlong.cli.console import wide_console
 
 PACKAGES = (
     "torch",
@@ -90,7 +91,7 @@ def run_mixers(argv: list[str]) -> int:
         sees = "past, both" if t.causal and t.bidirectional else "past" if t.causal else "both"
         reads = ", ".join(w for w, on in (("lengths", t.padding), ("resets", t.resets), ("grid", t.grid)) if on)
         table.add_row(name, sees, "yes" if t.streaming else "no", t.state, t.cost, reads or "-", t.paper)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    wide_console(160).print(table)
     return 0
 
 
@@ -141,7 +142,7 @@ def _survey() -> int:
         told = (system.name, system.cost, "yes" if system.decode else "no", system.kind)
         for n, row in enumerate(rows):
             table.add_row(*(told if n == 0 else ("",) * len(told)), *row)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    wide_console(200).print(table)
     return 0
 
 
@@ -221,7 +222,7 @@ def _backends(mixers: list[str], device: str) -> None:
     """For each mixer what it takes; then every backend there is, and why some are not usable."""
     from mmlong.ops.backends import describe
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = wide_console(160)
     table = Table(box=None, pad_edge=False, show_header=True)
     for heading in ("mixer", "full rows", "padded rows", "one token after others", "full rows, bfloat16"):
         table.add_column(heading, overflow="fold")

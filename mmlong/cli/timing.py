@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmlong.cli.build import build, parse
+from mmlong.cli.train import words_of
 from mmlong.measure import budget
 
 OWN = budget.LEAST + 1
 """Batches of the data on which a step is timed."""
-
-
-def given(options: Mapping[str, Any]) -> list[str]:
-    """Options as words of a command."""
-    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in options.items()]
 
 
 def task_seconds(task: Any, trainer: Mapping[str, Any], batches: Sequence[Any]) -> float:
@@ -52,7 +47,7 @@ def step_seconds(config: dict[str, Any], options: dict[str, Any]) -> tuple[float
     from mmlong.estimate.step import synthetic_batch
     from mmlong.models import Model
 
-    _, task = build(*parse(config, given(options)))
+    _, task = build(*parse(config, words_of((), options)))
     init = {**config["data"]["init_args"], **_below("data", options)}
     model: Model = task.model
     length = model.modality.tokens_per_sample() or init["length"]
@@ -69,7 +64,7 @@ def own_step_seconds(config: dict[str, Any], options: Mapping[str, Any]) -> tupl
         config: of the recipe.
         options: of ``fit``, on top of it.
     """
-    data, task = build(*parse(config, given(options)))
+    data, task = build(*parse(config, words_of((), options)))
     data.prepare_data()
     data.setup("fit")
     task.show_data(data)

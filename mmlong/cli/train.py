@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,17 @@ def pairs(overrides: list[str]) -> Iterator[tuple[str, str]]:
     for arg in arguments:
         key, equals, value = arg.removeprefix("--").partition("=")
         yield key, value if equals else ("" if arg == "--print_config" else next(arguments))
+
+
+def written(value: Any) -> str:
+    """An option's value as a word of a command: a text as the command line takes it, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def words_of(recipes: Sequence[str], options: Mapping[str, Any]) -> list[str]:
+    """Recipes, and options on top of them, as words of a command."""
+    named = [word for name in recipes for word in ("-c", name)]
+    return [*named, *(f"--{key}={written(value)}" for key, value in options.items())]
 
 
 def _value_of(key: str, overrides: list[str]) -> str | None:

@@ -25,6 +25,7 @@ from typing import Any, TextIO
 from mmlong.bench.process import how_it_died
 from mmlong.cli.errors import CommandError
 from mmlong.cli.recipes import load_recipes
+from mmlong.cli.train import words_of, written
 from mmlong.runs import CHECKPOINTS, is_run
 
 MARK = "mmlong-trial-cost: "
@@ -48,7 +49,7 @@ class Trial:
 
     Attributes:
         recipes: names or files, merged left to right.
-        options: beside the recipes', by key; a text as the command line takes it, anything else is written as JSON.
+        options: beside the recipes', by key (:func:`mmlong.cli.train.written`).
         seed: of weights and dropout (``seed_everything``).
     """
 
@@ -59,8 +60,7 @@ class Trial:
     @property
     def words(self) -> list[str]:
         """Of a command, without the seed."""
-        recipes = [word for name in self.recipes for word in ("-c", name)]
-        return [*recipes, *(f"--{key}={written(value)}" for key, value in self.options.items())]
+        return words_of(self.recipes, self.options)
 
     def key(self, *more: Any) -> str:
         """Of what is trained and ``more``: ten hexadecimal digits, another for another content of the recipes."""
@@ -76,11 +76,6 @@ class Cost:
     parameters: int
     flops: int
     tokens: int
-
-
-def written(value: Any) -> str:
-    """An option's value as a word of a command."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def key_value(text: str) -> tuple[str, str]:
@@ -184,7 +179,7 @@ def fit_words(trial: Trial, steps: int | None) -> list[str]:
         if "trainer.val_check_interval" not in trial.options:
             # Counted over all batches, however many an epoch has.
             more |= {"trainer.val_check_interval": steps, "trainer.check_val_every_n_epoch": None}
-    return ["fit", *trial.words, *(f"--{key}={written(value)}" for key, value in more.items())]
+    return ["fit", *trial.words, *words_of((), more)]
 
 
 def train(trial: Trial, run: Path, steps: int | None, threads: int = 1) -> dict[str, Any]:

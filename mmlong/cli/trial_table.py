@@ -9,12 +9,13 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmlong.cli.runs import write_json
 from mmlong.cli.trial import Cost, Trial, TrialFailedError, cost, fit_words, last_metrics, train
 from mmlong.measure.budget import steps_within
+from mmlong.results import read_json, write_json
 
 FORMAT = 1
 
@@ -73,22 +74,17 @@ class TrialTable:
         """
         if path is None or not path.exists():
             return cls(path)
-        try:
-            content = json.loads(path.read_text())
-            if content["format"] != FORMAT:
-                raise BadTableError(f"{path} has format {content['format']}; this reads {FORMAT}")
-            rows = {row["key"]: Row(**row) for row in content["rows"]}
-            return cls(path, rows, {key: Cost(**one) for key, one in content["costs"].items()}, content["about"])
-        except BadTableError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise BadTableError(f"{path} holds no table of trials: {error}") from error
+        return read_json(path, "table of trials", partial(cls._of, path), BadTableError, FORMAT)
+
+    @classmethod
+    def _of(cls, path: Path, content: dict[str, Any]) -> TrialTable:
+        rows = {row["key"]: Row(**row) for row in content["rows"]}
+        return cls(path, rows, {key: Cost(**one) for key, one in content["costs"].items()}, content["about"])
 
     def save(self) -> None:
         """Write the file."""
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         rows, costs = [asdict(row) for row in self.rows.values()], {key: asdict(c) for key, c in self.costs.items()}
         write_json(self.path, {"format": FORMAT, "about": self.about, "costs": costs, "rows": rows})
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +12,7 @@ from rich.table import Table
 from mmlong.diagnose.cell import Cell, Setting
 from mmlong.diagnose.orderings import ORDERINGS
 from mmlong.diagnose.probes import PROBES
+from mmlong.results import markdown_table, read_json, write_json
 
 FORMAT = 1
 
@@ -73,10 +72,7 @@ class Findings:
             "format": FORMAT, "command": self.command, "machine": self.machine,
             "cells": [cell.as_dict() for cell in self.cells.values()],
         }  # fmt: skip
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".part")
-        beside.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(beside, path)
+        write_json(path, content)
 
     @classmethod
     def load(cls, path: Path) -> Findings:
@@ -85,17 +81,11 @@ class Findings:
         Raises:
             BadFindingsError: it cannot be read, or is something else.
         """
-        try:
-            content = json.loads(path.read_text())
-            if content["format"] != FORMAT:
-                raise BadFindingsError(f"{path} has format {content['format']}; this reads {FORMAT}")
-            cells = [Cell.from_dict(cell) for cell in content["cells"]]
-        except BadFindingsError:
-            raise
-        except OSError as error:
-            raise BadFindingsError(f"{path} cannot be read: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadFindingsError(f"{path} holds no findings of mmlong diagnose: {error}") from error
+        return read_json(path, "findings of mmlong diagnose", cls._of, BadFindingsError, FORMAT)
+
+    @classmethod
+    def _of(cls, content: dict[str, Any]) -> Findings:
+        cells = [Cell.from_dict(cell) for cell in content["cells"]]
         return cls({cell.setting.key: cell for cell in cells}, content["machine"], content["command"])
 
     def accuracies(self, row: Row, probe: str, test: str) -> list[float]:
@@ -135,6 +125,14 @@ def _cell(values: Sequence[float]) -> str:
     return f"{mean} ±{50 * spread:.0f}" if spread > 0.02 else mean
 
 
+def _rows(findings: Findings) -> list[list[str]]:
+    columns = findings.columns()
+    return [
+        [row.label, str(row.dim), *(_cell(findings.accuracies(row, *column)) for column in columns)]
+        for row in findings.rows()
+    ]
+
+
 def table(findings: Findings) -> Table:
     """Mean accuracy over seeds in per cent, and half the range of the seeds where they differ; a dash where nothing was measured."""
     made = Table(box=None, pad_edge=False)
@@ -143,22 +141,16 @@ def table(findings: Findings) -> Table:
     columns = findings.columns()
     for probe, test in columns:
         made.add_column(f"{probe}\n{test}", justify="right")
-    for row in findings.rows():
-        made.add_row(row.label, str(row.dim), *(_cell(findings.accuracies(row, *column)) for column in columns))
+    for row in _rows(findings):
+        made.add_row(*row)
     made.add_row("chance", "", *(f"{100 * PROBES[probe].chance:.0f}" for probe, _ in columns))
     return made
 
 
 def markdown(findings: Findings) -> str:
     """The same, for a README."""
-    columns = findings.columns()
-    head = ["mixer", "dim", *(f"{probe} {test}" for probe, test in columns)]
-    lines: Iterable[list[str]] = [
-        head,
-        ["---"] * len(head),
-        *([row.label, str(row.dim), *(_cell(findings.accuracies(row, *c)) for c in columns)] for row in findings.rows()),
-    ]  # fmt: skip
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    head = ["mixer", "dim", *(f"{probe} {test}" for probe, test in findings.columns())]
+    return markdown_table(head, _rows(findings))
 
 
 def plot(findings: Findings, path: Path) -> None:

@@ -45,13 +45,13 @@ def test_saved_and_read_back(report: Report, tmp_path: Path) -> None:
 
 def test_files_that_are_no_report(tmp_path: Path) -> None:
     for text, message in (
-        ("{", "is no report of mmlong bench"),
-        ("[]", "is no report"),
-        ("{}", "is no report of mmlong bench: 'format'"),
-        ('{"format": 99}', "is a report of format 99; this reads 1"),
+        ("{", "holds no report of mmlong bench"),
+        ("[]", "holds no report"),
+        ("{}", "holds no report of mmlong bench: 'format'"),
+        ('{"format": 99}', "has format 99; this reads 1"),
         (
             '{"format": 1, "command": [], "settings": {}, "machine": {}, "streams": [], "rows": [{"a": 1}]}',
-            "is no report",
+            "holds no report",
         ),
     ):
         (tmp_path / "r.json").write_text(text)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mmlong.cli import main
-from mmlong.cli.diagnose import parse_mixer
 from mmlong.cli.errors import CommandError
+from mmlong.cli.mixer_words import parse_mixer
 from mmlong.diagnose import ORDERINGS, PROBES, Cell, Probe, Setting, learn
 from mmlong.diagnose.cell import ask, learn_model, probe_model
 from mmlong.diagnose.report import BadFindingsError, Findings, markdown, plot
