@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmlong.experiments.command import add_result_options, experiment_parser, keep, kept
 
-from mmlong.cli.timing import given
+from mmlong.cli.train import words_of
 from mmlong.cli.trial import alone, folder_option
 from mmlong.measure import budget
 
@@ -51,7 +52,7 @@ def fit(recipes: Sequence[str], options: Mapping[str, Any], seconds: float, minu
     """
     steps = budget.steps_within(minutes, seconds)
     options = {**options, "trainer.max_steps": steps, "trainer.val_check_interval": steps, "seed_everything": seed}
-    command = ["fit", *(word for name in recipes for word in ("-c", name)), *given(options)]
+    command = ["fit", *words_of(recipes, options)]
     with alone(run.with_name(f"{run.name}.lock")):
         if not (run / "summary.json").is_file():
             where = folder_option(run)
@@ -71,8 +72,8 @@ def fit(recipes: Sequence[str], options: Mapping[str, Any], seconds: float, minu
 
 
 def compare(
-    prog: str,
-    text: str,
+    experiment: str,
+    text: str | None,
     forms: Mapping[str, Sequence[str]],
     train: Callable[[str, str, argparse.Namespace, Path], Row],
     table: Callable[[dict[str, list[Row]]], str],
@@ -83,8 +84,8 @@ def compare(
     """The command line of a comparison.
 
     Args:
-        prog: how it is called.
-        text: what it does.
+        experiment: its name.
+        text: its docstring.
         forms: by subject, names of what is compared.
         train: from subject, form, options and a run folder to a row, which has ``form``, ``minutes`` and ``seed``.
         table: Markdown of all rows, by subject.
@@ -92,21 +93,20 @@ def compare(
         minutes: of each, unless told.
         more: adds options of its own.
     """
-    parser = argparse.ArgumentParser(prog=prog, description=text)
+    parser = experiment_parser(experiment, text)
     parser.add_argument("names", nargs="+", metavar="NAME", choices=forms, help=", ".join(forms))
     parser.add_argument("--forms", nargs="+", metavar="FORM", help="only these")
     parser.add_argument("--minutes", type=float, default=minutes, help="CPU minutes of training for each")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--runs", type=Path, default=Path("runs") / prog.rpartition(".")[2])
-    parser.add_argument("--json", type=Path, help="rows that are done are kept here, and not done again")
-    parser.add_argument("--markdown", type=Path, help="the table")
+    parser.add_argument("--runs", type=Path, default=Path("runs") / experiment)
+    add_result_options(parser)
     more(parser)
     args = parser.parse_args(argv)
     for name in args.names:
         if unknown := [form for form in args.forms or () if form not in forms[name]]:
             parser.error(f"{name} has no form {unknown[0]!r}; it has: {', '.join(forms[name])}")
     torch.set_num_threads(1)
-    found: dict[str, list[Row]] = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    found: dict[str, list[Row]] = kept(args.json, {})
     for name in args.names:
         rows = found.setdefault(name, [])
         for form in args.forms or forms[name]:
@@ -115,8 +115,7 @@ def compare(
             run = args.runs / name / f"{form.replace(' ', '_')}-{args.minutes:g}-{args.seed}"
             rows.append(train(name, form, args, run))
             print(json.dumps(rows[-1]), flush=True)
-            if args.json:
-                args.json.write_text(json.dumps(found, indent=1) + "\n")
+            keep(args.json, found)
     if args.markdown:
         args.markdown.write_text(table(found))
     return 0

@@ -16,16 +16,17 @@ import json
 import math
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from mmlong.experiments.command import add_result_options, experiment_parser, keep, kept, parse_names
 from mmlong.experiments.extension.subjects import SUBJECTS, Spec
 from mmlong.experiments.floors.kmers import read_splits
 from torch import Tensor
 
 from mmlong.mixers import State, state_tensors
 from mmlong.models import AutoregressiveModel, build_model
+from mmlong.results import markdown_table
 from mmlong.training.optim import OptimConfig, build_optimizer
 
 DATA = {"bible": "text", "stdlib": "text", "chromosome": "genome"}
@@ -133,26 +134,21 @@ def measure(model: AutoregressiveModel, raw: Tensor, args: argparse.Namespace) -
 def table(rows: Found) -> str:
     """Markdown of what was found."""
     ends = rows[0]["ends"]
+    head = ["mixer", "at use", f"bits, 0 to {ends[0]:,}"]
+    head += [f"to {end:,}, and against windows of {ends[0]:,}" for end in ends[1:]]
     lines = [
-        f"| mixer | at use | bits, 0 to {ends[0]:,} | "
-        + " | ".join(f"to {end:,}, and against windows of {ends[0]:,}" for end in ends[1:])
-        + " | state |",
-        "|" + "---|" * (len(ends) + 3),
-    ]
-    for row in rows:
-        cells = [f"{b:.3f} ({d:+.3f})" for b, d in zip(row["bits"][1:], row["difference"][1:], strict=True)]
-        lines.append(
-            f"| {row['name']} | {row['use']} | {row['bits'][0]:.3f} | {' | '.join(cells)} | {row['state']:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+        [
+            row["name"], row["use"], f"{row['bits'][0]:.3f}",
+            *(f"{b:.3f} ({d:+.3f})" for b, d in zip(row["bits"][1:], row["difference"][1:], strict=True)), f"{row['state']:.2f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return markdown_table([*head, "state"], lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mmlong.experiments.extension", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SUBJECTS)}; default: all")
+    parser = experiment_parser("extension", __doc__)
     parser.add_argument("--data", choices=DATA, default="bible")
     parser.add_argument("--train", type=int, default=4096, help="tokens of a training window")
     parser.add_argument("--factor", type=int, default=16, help="times as many at use")
@@ -165,11 +161,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--piece", type=int, default=4096, help="tokens read at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
-    args = parser.parse_args(argv)
-    if unknown := [name for name in args.names if name not in SUBJECTS]:
-        parser.error(f"{unknown[0]!r} is none of {', '.join(SUBJECTS)}")
+    add_result_options(parser)
+    args = parse_names(parser, SUBJECTS, argv)
     torch.set_num_threads(args.threads)
     held_out = read(args.data, "test")
     if len(held_out) < args.rows * args.train * args.factor:
@@ -177,9 +170,9 @@ def main(argv: list[str] | None = None) -> int:
             f"{args.data} holds out {len(held_out):,} tokens, too few for {args.rows} rows of {args.train * args.factor:,}"
         )
     setting = {key: value for key, value in vars(args).items() if key not in ("names", "json", "markdown", "threads")}
-    rows: Found = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
+    rows: Found = kept(args.json, [])
     texts: Tensor | None = None
-    for name in args.names or SUBJECTS:
+    for name in args.names:
         if any(row["name"] == name and row["setting"] == setting for row in rows):
             continue
         subject = SUBJECTS[name]
@@ -205,8 +198,7 @@ def main(argv: list[str] | None = None) -> int:
             )  # fmt: skip
             print(json.dumps({key: value for key, value in done[-1].items() if key != "setting"}), flush=True)
         rows += done
-        if args.json:
-            args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        keep(args.json, rows)
     if args.markdown and rows:
         args.markdown.write_text(table([row for row in rows if row["setting"] == setting]))
     return 0

@@ -7,11 +7,11 @@ A byte model with random weights reads a past of each length in pieces and then 
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 
 import torch
+from mmlong.experiments.command import experiment_parser
 from rich.console import Console
 from rich.table import Table
 
@@ -39,9 +39,7 @@ def measure(model: AutoregressiveModel, past: int, tokens: int) -> tuple[float, 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; prints a table, a line as each is measured."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mmlong.experiments.generation", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = experiment_parser("generation", __doc__)
     streaming = [name for name in list_mixers() if MIXERS[name].traits.causal and MIXERS[name].traits.streaming]
     parser.add_argument("mixers", nargs="*", metavar="MIXER", default=streaming, help="default: all that stream")
     parser.add_argument("--dim", type=int, default=128)

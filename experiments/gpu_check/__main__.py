@@ -24,6 +24,7 @@ from mmlong.experiments.gpu_check.measure import TYPES, Row, check_mixers, check
 from rich.console import Console
 from rich.table import Table
 
+from mmlong.cli.console import wide_console
 from mmlong.mixers import list_mixers
 
 STYLES = {"PASS": "green", "FAIL": "bold red", "absent": "dim", "refused": "yellow"}
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("gpu_check: torch sees no CUDA device here; --device cpu checks what a CPU can", file=sys.stderr)
         return 2
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = wide_console(200)
     rows = run(options, console)
     show(rows, console)
     counts = {status: sum(row.status == status for row in rows) for status in STYLES}

@@ -18,6 +18,7 @@ from mmlong.experiments.hierarchy.subjects import SUBJECTS
 from mmlong.cli.recipes import load_recipes
 from mmlong.cli.timing import step_seconds
 from mmlong.models import AutoregressiveModel, load_model
+from mmlong.results import markdown_table
 
 PAST, DRAWN = 1024, 128
 """Random tokens that are read, and tokens that are then drawn one by one, to time generation."""
@@ -40,25 +41,25 @@ def train(name: str, form: str, args: argparse.Namespace, run: Path) -> Row:
 
 def table(found: dict[str, list[Row]]) -> str:
     """Markdown of all that was found."""
-    lines = [
-        "| what | backbone | parameters | steps | CPU s a step | result | generation |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    head = ["what", "backbone", "parameters", "steps", "CPU s a step", "result", "generation"]
+    lines = []
     for name, rows in found.items():
         metric = SUBJECTS[name].metric
         for row in rows:
             drawn = "" if row["token_ms"] is None else f"{row['token_ms']:.2f} ms a token"
             lines.append(
-                f"| `{name}`, {row['minutes']:g} min, seed {row['seed']} | {row['form']} | {row['parameters']:,} | {row['steps']:,} | {row['step_seconds']:.2f} | {metric} {row[metric]:.4f} | {drawn} |"
-            )
-    return "\n".join(lines) + "\n"
+                [
+                    f"`{name}`, {row['minutes']:g} min, seed {row['seed']}", row["form"], f"{row['parameters']:,}", f"{row['steps']:,}",
+                    f"{row['step_seconds']:.2f}", f"{metric} {row[metric]:.4f}", drawn,
+                ]
+            )  # fmt: skip
+    return markdown_table(head, lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     forms = {name: list(subject.forms) for name, subject in SUBJECTS.items()}
-    text = (__doc__ or "").split("\n")[0]
-    return equal_minutes.compare("python -m mmlong.experiments.hierarchy", text, forms, train, table, argv)
+    return equal_minutes.compare("hierarchy", __doc__, forms, train, table, argv)
 
 
 if __name__ == "__main__":

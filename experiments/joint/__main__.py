@@ -19,6 +19,7 @@ from mmlong.experiments.equal_minutes import Row, fit
 
 from mmlong.cli.recipes import load_recipes
 from mmlong.cli.timing import own_step_seconds
+from mmlong.results import markdown_table
 
 SUBJECTS = {
     "digits_words": ("sound", "word"),
@@ -75,15 +76,14 @@ def table(found: dict[str, list[Row]]) -> str:
         names = list(dict.fromkeys(key for row in rows for key in row["test"]))
         heads = [key.replace("/bits", ", bits").replace("/exact", ", all right") for key in names]
         lines = [
-            f"| `{subject}` | parameters | steps | CPU s a step | {' | '.join(heads)} |",
-            "|---" * (4 + len(names)) + "|",
-        ]
-        for row in rows:
-            cells = [f"{row['test'][key]:.4f}" if key in row["test"] else "" for key in names]
-            lines.append(
-                f"| {row['form']}, {row['minutes']:g} min, seed {row['seed']} | {row['parameters']:,} | {row['steps']:,} | {row['step_seconds']:.3f} | {' | '.join(cells)} |"
-            )
-        parts.append("\n".join([*lines, "", *verdicts(rows, SUBJECTS[subject])]))
+            [
+                f"{row['form']}, {row['minutes']:g} min, seed {row['seed']}", f"{row['parameters']:,}", f"{row['steps']:,}", f"{row['step_seconds']:.3f}",
+                *(f"{row['test'][key]:.4f}" if key in row["test"] else "" for key in names),
+            ]
+            for row in rows
+        ]  # fmt: skip
+        made = markdown_table([f"`{subject}`", "parameters", "steps", "CPU s a step", *heads], lines)
+        parts.append("\n".join([made, *verdicts(rows, SUBJECTS[subject])]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -109,9 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument("--debug", action="store_true", help="the debug size of each recipe")
 
     every = {name: list(forms(modalities)) for name, modalities in SUBJECTS.items()}
-    return equal_minutes.compare(
-        "python -m mmlong.experiments.joint", (__doc__ or "").split("\n")[0], every, train, table, argv, 5.0, more
-    )
+    return equal_minutes.compare("joint", __doc__, every, train, table, argv, 5.0, more)
 
 
 if __name__ == "__main__":

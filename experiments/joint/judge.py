@@ -10,7 +10,6 @@ override both runs' data.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 from mmlong.datamodules.pairs import PairDataModule
+from mmlong.experiments.command import experiment_parser, keep
 from torch import Tensor
 
 from mmlong.cli.build import build, parse
@@ -122,9 +122,7 @@ def run(joint: JointModel, classifier: Any, data: Any, names: Sequence[str], arg
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mmlong.experiments.joint.judge", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
-    )
+    parser = experiment_parser("joint.judge", __doc__, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="of a joint model on pairs, or a recipe's name (its newest run)")
     parser.add_argument("--given", required=True, metavar="NAME", help="the modality that is read")
     parser.add_argument("--as", dest="speaks", required=True, metavar="NAME", help="the modality that is made")
@@ -159,8 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for what, right in found["right"].items():
         print(f"{what}: {right} of {found['count']} are taken for what they should be ({right / found['count']:.3f})")
     print(f"chance: {1 / found['classes']:.3f}")
-    if args.json:
-        args.json.write_text(json.dumps({"run": str(folder), "classifier": str(judged_by), **found}, indent=1) + "\n")
+    keep(args.json, {"run": str(folder), "classifier": str(judged_by), **found})
     return 0
 
 

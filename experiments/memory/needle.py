@@ -7,7 +7,6 @@ The pairs lie within 64 tokens at a depth of the prompt, noise before and after.
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmlong.experiments.command import experiment_parser
 from mmlong.experiments.memory.recall import PROBE
 from mmlong.experiments.memory.subjects import SUBJECTS, as_mixer, keep, kept
 
@@ -25,6 +25,7 @@ from mmlong.diagnose import Setting
 from mmlong.diagnose.cell import ProbeModel, learn_model
 from mmlong.diagnose.probes import FAR_KEYS, FAR_VALUES, NOISE, TOLD
 from mmlong.mixers import state_bytes
+from mmlong.results import write_json
 
 
 def prompt(rng: np.random.Generator, rows: int, tokens: int, depth: float) -> tuple[np.ndarray, np.ndarray]:
@@ -60,9 +61,7 @@ def ask(model: ProbeModel, codes: np.ndarray, answers: np.ndarray, piece: int) -
 
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mmlong.experiments.memory.needle", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = experiment_parser("memory.needle", __doc__)
     parser.add_argument("names", nargs="+", metavar="NAME", choices=SUBJECTS)
     parser.add_argument("--tokens", type=int, default=1 << 20)
     parser.add_argument("--depths", type=float, nargs="+", default=[0.1, 0.5, 0.9])
@@ -92,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
             found.append({"name": name, "tokens": args.tokens, "depth": depth, **said})
             print(json.dumps(found[-1]), flush=True)
             if args.json:
-                args.json.write_text(json.dumps(found, indent=1) + "\n")
+                write_json(args.json, found)
     return 0
 
 

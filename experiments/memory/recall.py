@@ -7,11 +7,11 @@ Accuracy on fresh sequences, by how far back what is asked lies at least. Every 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 import torch
+from mmlong.experiments.command import add_result_options, experiment_parser, parse_names
 from mmlong.experiments.memory.subjects import SUBJECTS, WINDOW, as_mixer, keep
 
 from mmlong.diagnose import PROBES, Setting
@@ -48,18 +48,13 @@ def plot(findings: Findings, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mmlong.experiments.memory.recall", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SUBJECTS)}; default: all")
+    parser = experiment_parser("memory.recall", __doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="of the probe's number of steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 for its own choice")
-    for file in ("json", "plot", "markdown", "weights"):
-        parser.add_argument(f"--{file}", type=Path)
-    args = parser.parse_args(argv)
-    if unknown := [name for name in args.names if name not in SUBJECTS]:
-        parser.error(f"{unknown[0]!r} is none of {', '.join(SUBJECTS)}")
+    add_result_options(parser, plot=True)
+    parser.add_argument("--weights", type=Path, metavar="FOLDER", help="keep the models there")
+    args = parse_names(parser, SUBJECTS, argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     from mmlong.measure.machine import describe
@@ -69,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         describe("cpu", args.threads),
         ["python", "-m", "mmlong.experiments.memory.recall", *sys.argv[1:]],
     )
-    for name in args.names or SUBJECTS:
+    for name in args.names:
         setting = Setting(as_mixer(name), PROBE, seed=args.seed, scale=args.scale)
         if setting.key in findings.cells:
             continue

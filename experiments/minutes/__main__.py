@@ -16,16 +16,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmlong.experiments.command import add_result_options, add_trial_options, answers, experiment_parser
 from mmlong.experiments.minutes import simple
 from mmlong.experiments.minutes.contenders import KINDS, SUBJECTS, Contender, contenders
 
 from mmlong.cli.engine import LESS_IS_BETTER
-from mmlong.cli.errors import CommandError
 from mmlong.cli.recipes import load_recipes
 from mmlong.cli.runs import command_line
-from mmlong.cli.trial import Trial, TrialFailedError, key_value, run_logged
+from mmlong.cli.trial import Trial, TrialFailedError, run_logged
 from mmlong.cli.trial_table import BadTableError, Row, Summary, TrialTable, better_first, summarise
 from mmlong.measure.machine import describe
+from mmlong.results import markdown_table
 
 
 def compute(
@@ -130,8 +131,7 @@ def markdown(rows: Sequence[Row], minutes: float) -> str:
             "CPU min trained",
             "parameters",
         ]
-        table = [head, ["---"] * len(head), *map(lines_of, found)]
-        body = "\n".join("| " + " | ".join(line) + " |" for line in table)
+        body = markdown_table(head, map(lines_of, found))
         commands = "\n".join(f"- {one.setting['contender']}: `{command_line(one.rows[0].command)}`" for one in found)
         failed = [
             f"- {row.setting['contender']}, seed {row.seed}: {row.failed}"
@@ -140,30 +140,24 @@ def markdown(rows: Sequence[Row], minutes: float) -> str:
             if row.failed
         ]
         if note := shorter(recipe):
-            body += f"\n\n{note}"
-        parts.append(f"## {recipe}, {minutes:g} CPU minutes\n\n{body}\n\nCommands (of the first seed):\n\n{commands}\n")
+            body += f"\n{note}\n"
+        parts.append(f"## {recipe}, {minutes:g} CPU minutes\n\n{body}\nCommands (of the first seed):\n\n{commands}\n")
         if failed:
             parts.append("Failed:\n\n" + "\n".join(failed) + "\n")
     return "\n".join(parts)
 
 
-def main(argv: list[str] | None = None) -> int:
+@answers
+def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the exit status: 1 if a row failed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mmlong.experiments.minutes", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = experiment_parser("minutes", __doc__)
     parser.add_argument("recipes", nargs="+", metavar="RECIPE", choices=SUBJECTS, help=", ".join(SUBJECTS))
     parser.add_argument("--minutes", type=float, default=12.0, help="CPU minutes of training for each (default 12)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of weights and dropout (default 0 1 2)")  # fmt: skip
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), help="only these sorts")
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="only these")
-    parser.add_argument("--set", nargs="+", type=key_value, default=[], metavar="KEY=VALUE", help="for all that is trained, e.g. data.source_path=TAR")  # fmt: skip
-    parser.add_argument("--debug", action="store_true", help="the recipes' debug sizes")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
-    parser.add_argument("--retry", action="store_true", help="try again what failed")
-    parser.add_argument("--runs", type=Path, default=Path("runs/minutes"), help="where runs and logs go (default: runs/minutes)")  # fmt: skip
-    parser.add_argument("--json", type=Path, help="keep every row there (default: RUNS/found.json)")
-    parser.add_argument("--markdown", type=Path, help="write the tables there")
+    add_trial_options(parser, Path("runs/minutes"))
+    add_result_options(parser, "RUNS/found.json")
     args = parser.parse_args(argv)
     if not args.minutes > 0 or args.threads < 1:
         parser.error("--minutes is above 0, --threads at least 1")
@@ -176,15 +170,8 @@ def main(argv: list[str] | None = None) -> int:
         "command": ["python", "-m", "mmlong.experiments.minutes", *words], "minutes": args.minutes, "machine": describe("cpu", args.threads)
     }  # fmt: skip
     rows: list[Row] = []
-    try:
-        for recipe in args.recipes:
-            rows += compare(table, recipe, args)
-    except CommandError as error:
-        print(error, file=sys.stderr)
-        return error.status
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
+    for recipe in args.recipes:
+        rows += compare(table, recipe, args)
     if args.markdown:
         args.markdown.write_text(markdown(rows, args.minutes))
     return 1 if any(row.failed for row in rows) else 0

@@ -18,7 +18,6 @@ Nothing here is drawn, so there are no seeds. Needs ``pip install 'mmlong[floors
 
 from __future__ import annotations
 
-import argparse
 import bz2
 import json
 import lzma
@@ -31,6 +30,7 @@ from typing import Any
 import numpy as np
 from mmlong.datamodules.known import find_source, known_sequences
 from mmlong.datamodules.splits import split_items
+from mmlong.experiments.command import experiment_parser
 
 from mmlong.cli.recipes import load_recipes
 
@@ -270,9 +270,7 @@ def run(
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; the result is a marked line of JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mmlong.experiments.minutes.simple", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = experiment_parser("minutes.simple", __doc__)
     parser.add_argument("recipe")
     parser.add_argument("words", nargs="+", metavar="MODEL", help="e.g. boosting kmers; ppmd primed")
     parser.add_argument("--minutes", type=float, help="CPU minutes for trying settings (default: all of them)")

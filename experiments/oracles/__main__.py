@@ -20,6 +20,7 @@ from mmlong.experiments.oracles.collect import QUANTITIES, Row, read, run
 
 from mmlong.mixers import MIXERS, list_mixers
 from mmlong.mixers.document import DocumentMixer
+from mmlong.results import markdown_table
 
 PACKAGES = {
     "torch": "torch",
@@ -86,14 +87,14 @@ def missing(rows: Sequence[Row]) -> list[str]:
 
 def table(rows: Sequence[Row]) -> str:
     """As Markdown."""
-    lines = ["| mixer | held against | dtype | output | state | input gradient |", "|---|---|---|---|---|---|"]
-    before = ""
+    head = ["mixer", "held against", "dtype", "output", "state", "input gradient"]
+    lines, before = [], ""
     for row in rows:
         cells = ["" if q not in row.worst else "{:.1e} of {:.2g}".format(*row.worst[q]) for q in QUANTITIES]
         name = "" if row.mixer == before else f"`{row.mixer}`"
-        lines.append(f"| {name} | {row.oracle} | {row.dtype} | {' | '.join(cells)} |")
+        lines.append([name, row.oracle, row.dtype, *cells])
         before = row.mixer
-    return "\n".join(lines) + "\n"
+    return markdown_table(head, lines)
 
 
 def versions(rows: Sequence[Row]) -> str:

@@ -8,7 +8,6 @@ If a run ends before all kills are spent, it is compared and another is begun. E
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import random
@@ -21,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from mmlong.experiments.command import experiment_parser
 from safetensors.torch import load_file
 
 from mmlong.training.checkpoints import PARTIAL, newest_whole
@@ -167,9 +167,7 @@ def disturb(
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; prints the tally."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mmlong.experiments.resume", description=__doc__.split("\n")[0] if __doc__ else None
-    )
+    parser = experiment_parser("resume", __doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, choices=(1, 2), default=1)
     parser.add_argument("--workers", type=int, default=2, help="loader processes of each rank")

@@ -10,21 +10,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmlong.experiments.command import add_result_options, add_trial_options, answers, experiment_parser, keep, kept
 from mmlong.experiments.scaling.context import bits_at, bits_given, stretches
 from mmlong.experiments.scaling.fit import PowerLaw, fit_power_law
 from mmlong.experiments.scaling.subjects import SUBJECTS, Subject
 
 from mmlong.cli.errors import CommandError
-from mmlong.cli.runs import command_line, write_json
-from mmlong.cli.trial import Trial, TrialFailedError, key_value
+from mmlong.cli.runs import command_line
+from mmlong.cli.trial import Trial, TrialFailedError
 from mmlong.cli.trial_table import BadTableError, TrialTable
 from mmlong.measure.machine import describe
+from mmlong.results import markdown_table
 
 FITTED = 5
 """Points that a law is fitted to; the one behind them it is held against."""
@@ -144,20 +145,19 @@ def markdown(found: Mapping[str, Any]) -> str:
     parts = []
     for name, one in found.items():
         unit = one["unit"]
-        lines = [f"| dim | parameters | tokens | FLOPs | CPU min | test bits a {unit} |", "|---|---|---|---|---|---|"]
-        lines += [
-            f"| {s['dim']} | {s['parameters']:,} | {s['tokens']:,} | {s['flops']:.3g} | {s['cpu_minutes']} | {s['bits']:.4f} |"
+        sizes = [
+            [str(s["dim"]), f"{s['parameters']:,}", f"{s['tokens']:,}", f"{s['flops']:.3g}", str(s["cpu_minutes"]), f"{s['bits']:.4f}"]
             for s in one["sizes"]
-        ]
+        ]  # fmt: skip
+        head = ["dim", "parameters", "tokens", "FLOPs", "CPU min", f"test bits a {unit}"]
         targets = one["context"]["targets"]
-        pasts = [f"| tokens of the past | bits a {unit} |", "|---|---|"]
-        pasts += [f"| {past:,} | {bits:.4f} |" for past, bits in one["context"]["past"]]
+        pasts = [[f"{past:,}", f"{bits:.4f}"] for past, bits in one["context"]["past"]]
         at = ", ".join(f"{low:,} to {high:,}: {bits:.3f}" for low, high, bits in one["context"]["position"] if bits is not None)  # fmt: skip
         commands = "\n".join(f"- dim {s['dim']}: `{command_line(s['command'])}`" for s in one["sizes"])
         parts.append(
             f"## {name}: {one['recipe']}, {one['tokens_per_parameter']:g} tokens a parameter, seed {one['seed']}\n\n"
-            + "\n".join(lines) + f"\n\n{_check(one['check'], 'C')}\n\nDim {one['sizes'][FITTED - 1]['dim']}, {targets['count']} stretches of {targets['width']} tokens of the test documents behind:\n\n"
-            + "\n".join(pasts) + f"\n\n{_check(one['context']['check'], 'n')}\n\nBits a {unit} at position: {at}.\n\n{commands}\n"
+            + markdown_table(head, sizes) + f"\n{_check(one['check'], 'C')}\n\nDim {one['sizes'][FITTED - 1]['dim']}, {targets['count']} stretches of {targets['width']} tokens of the test documents behind:\n\n"
+            + markdown_table(["tokens of the past", f"bits a {unit}"], pasts) + f"\n{_check(one['context']['check'], 'n')}\n\nBits a {unit} at position: {at}.\n\n{commands}\n"
         )  # fmt: skip
     return "\n".join(parts)
 
@@ -192,54 +192,38 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(argv: list[str] | None = None) -> int:
+@answers
+def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mmlong.experiments.scaling", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = experiment_parser("scaling", __doc__)
     parser.add_argument("names", nargs="+", metavar="NAME", choices=SUBJECTS, help=", ".join(SUBJECTS))
     parser.add_argument("--tokens-per-parameter", type=float, help="how long each size trains (default 20)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--set", nargs="+", type=key_value, default=[], metavar="KEY=VALUE", help="of mmlong fit, for all sizes")  # fmt: skip
-    parser.add_argument("--debug", action="store_true", help="tiny sizes, in seconds")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
-    parser.add_argument("--retry", action="store_true", help="try again what failed")
-    parser.add_argument("--runs", type=Path, default=Path("runs/scaling"), help="where runs and logs go (default: runs/scaling)")  # fmt: skip
-    parser.add_argument("--json", type=Path, help="keep what was found there (default: RUNS/found.json)")
-    parser.add_argument("--markdown", type=Path)
-    parser.add_argument("--plot", type=Path)
+    add_trial_options(parser, Path("runs/scaling"))
+    add_result_options(parser, "RUNS/found.json", plot=True)
     args = parser.parse_args(argv)
     if args.tokens_per_parameter is not None and not args.tokens_per_parameter > 0:
         parser.error("--tokens-per-parameter is above 0")
-    kept = args.json or args.runs / "found.json"
+    file = args.json or args.runs / "found.json"
     try:
         table = TrialTable.load(args.runs / "table.json")
-        before = json.loads(kept.read_text()) if kept.exists() else {}
-        found = dict(before.get("found", {}))
+        found = dict(kept(file, {}).get("found", {}))
     except (BadTableError, ValueError, AttributeError) as error:
-        parser.error(f"{kept}: {error}")
+        parser.error(f"{file}: {error}")
     words = sys.argv[1:] if argv is None else argv
     about = {
         "command": ["python", "-m", "mmlong.experiments.scaling", *words],
         "machine": describe("cpu", args.threads),
     }
-    try:
-        for name in args.names:
-            subject = debug_size(SUBJECTS[name]) if args.debug else SUBJECTS[name]
-            if args.tokens_per_parameter is not None:
-                subject = dataclasses.replace(subject, ratio=args.tokens_per_parameter)
-            found[name] = study(name, subject, table, found.get(name, {}), args)
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_json(kept, {**about, "found": found})
-            for part, x in (("check", "C"), ("context", "n")):
-                check = found[name][part]
-                print(f"{name}: {_check(check if part == 'check' else check['check'], x)}")
-    except CommandError as error:
-        print(error, file=sys.stderr)
-        return error.status
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
+    for name in args.names:
+        subject = debug_size(SUBJECTS[name]) if args.debug else SUBJECTS[name]
+        if args.tokens_per_parameter is not None:
+            subject = dataclasses.replace(subject, ratio=args.tokens_per_parameter)
+        found[name] = study(name, subject, table, found.get(name, {}), args)
+        keep(file, {**about, "found": found})
+        for part, x in (("check", "C"), ("context", "n")):
+            check = found[name][part]
+            print(f"{name}: {_check(check if part == 'check' else check['check'], x)}")
     chosen = {name: found[name] for name in args.names}
     if args.markdown:
         args.markdown.write_text(markdown(chosen))

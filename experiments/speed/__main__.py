@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import sys
 from functools import partial
 from typing import Any
 
@@ -23,6 +22,7 @@ from rich.table import Table
 from mmlong.bench.contest import Conditions, against, run_contests
 from mmlong.bench.peers import PEERS, MissingPackageError, require
 from mmlong.bench.process import RunJob, run_job
+from mmlong.cli.console import wide_console
 
 SIZE = {"length": 65536, "dim": 256, "batch": 1}
 """Where the promises of ``CONTESTS`` are made."""
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         require([PEERS[CONTESTS[name].peer] for name in names])
     except MissingPackageError as error:
         raise SystemExit(str(error)) from error
-    console = Console(stderr=options.json, width=None if sys.stdout.isatty() else 110)
+    console = wide_console(110, stderr=options.json)
     results = [contest(name, options, console) for name in names]
     if options.json:
         print(json.dumps(results, indent=2))
