@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -88,22 +89,26 @@ def test_another_mixer_is_one_word_on_the_command_line(
         assert json.loads((run / "config.json").read_text())["backbone"]["mixers"] == [mixer]
 
 
+def trained(mmlong: Call, name: str, mixer: str, steps: int, metric: str, *more: str) -> list[float]:
+    """What a recipe's debug size with another mixer says of each step."""
+    short = [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}", "--trainer.limit_test_batches=1"]
+    quick = ["--model.optim.warmup=4", "--model.optim.lr=0.01", "--model.optim.ema=0", *more]
+    status, said = mmlong(
+        "fit", "-c", name, "-c", f"{name}.debug", f"--model.backbone.mixers=[{mixer}]", *short, *quick
+    )
+    assert status == 0, said
+    (run,) = Path("runs", f"{name}.debug").iterdir()
+    return list(column(read_metrics(run / "metrics.csv"), metric)[1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", list_mixers(streaming=True))
 def test_bytes_are_learned_with_every_mixer(
     mixer: str, data: Path, tmp_path: Path, mmlong: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    name = "text/stdlib_ar"
-    steps = ["--trainer.max_steps=48", "--trainer.val_check_interval=48", "--trainer.limit_test_batches=1"]
-    quick = ["--model.optim.warmup=4", "--model.optim.lr=0.01", "--model.optim.ema=0", "--model.samples=0"]
-    status, said = mmlong(
-        "fit", "-c", name, "-c", f"{name}.debug", f"--model.backbone.mixers=[{mixer}]", *steps, *quick
-    )
-    assert status == 0, said
-    (run,) = Path("runs", f"{name}.debug").iterdir()
-    _, bits = column(read_metrics(run / "metrics.csv"), "train/bits")
-    first, last = (sum(some) / len(some) for some in (bits[:4], bits[-4:]))
+    bits = trained(mmlong, "text/stdlib_ar", mixer, 48, "train/bits", "--model.samples=0")
+    first, last = fmean(bits[:4]), fmean(bits[-4:])
     assert last < first - 1, f"{mixer}: from {first:.2f} to {last:.2f} bits a byte"
 
 
@@ -114,14 +119,6 @@ def test_digits_are_learned_with_every_mixer_that_sees_both_sides(
 ) -> None:
     """Pixel by pixel, the grid with them: the loss falls."""
     monkeypatch.chdir(tmp_path)
-    name = "image/mnist784"
-    steps = ["--trainer.max_steps=40", "--trainer.val_check_interval=40", "--trainer.limit_test_batches=1"]
-    quick = ["--model.optim.warmup=4", "--model.optim.lr=0.01", "--model.optim.ema=0", "--data.batch_size=16"]
-    status, said = mmlong(
-        "fit", "-c", name, "-c", f"{name}.debug", f"--model.backbone.mixers=[{mixer}]", *steps, *quick
-    )
-    assert status == 0, said
-    (run,) = Path("runs", f"{name}.debug").iterdir()
-    _, losses = column(read_metrics(run / "metrics.csv"), "train/loss")
-    first, last = (sum(some) / len(some) for some in (losses[:8], losses[-8:]))
+    losses = trained(mmlong, "image/mnist784", mixer, 40, "train/loss", "--data.batch_size=16")
+    first, last = fmean(losses[:8]), fmean(losses[-8:])
     assert last < first - 0.02, f"{mixer}: from {first:.3f} to {last:.3f}"

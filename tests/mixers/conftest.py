@@ -15,6 +15,7 @@ import torch
 from mmlong.experiments.oracles.collect import oracle_of
 from torch import Tensor, nn
 
+from mmlong.layout import Layout
 from mmlong.mixers.state import State, state_tensors
 
 Outcome = tuple[Tensor, State]
@@ -102,3 +103,34 @@ def in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmlong.mixers.blocks.BLOCK_ELEMENTS", 1)
     monkeypatch.setattr("mmlong.mixers.blocks.BLOCK_TOKENS", 100)
     monkeypatch.setattr("mmlong.ops.blockwise.STRETCH", 50)
+
+
+@pytest.fixture
+def blocks_equal_whole() -> Callable[[nn.Module, Callable[[], object]], None]:
+    """``blocks_equal_whole(mixer, make_small)``: outputs, states and gradients of packed and padded rows behind a past, in one block and, once ``make_small()`` was called, in several.
+
+    The mixer is of width 8, in float64, and its state a dict.
+    """
+
+    def check(m: nn.Module, make_small: Callable[[], object]) -> None:
+        x = torch.randn(3, 150, 8, dtype=torch.float64, requires_grad=True)
+        resets = torch.zeros(3, 150, dtype=torch.bool)
+        resets[0, [0, 49, 50, 100]] = True
+        resets[2, [70, 139]] = True
+        described = Layout(lengths=torch.tensor([150, 0, 140]), resets=resets)
+        _, before = m(torch.randn(3, 5, 8, dtype=torch.float64))
+        before = {key: t.detach().requires_grad_(t.is_floating_point()) for key, t in before.items()}
+        leaves = [x, *(t for t in before.values() if t.requires_grad), *m.parameters()]
+        results = []
+        for blocks in (False, True):
+            if blocks:
+                make_small()
+            y, after = m(x, before, described)
+            assert ("Blockwise" in f"{y.grad_fn.name()} {y.grad_fn.next_functions}") == blocks
+            y = torch.where(described.valid(150)[..., None], y, 0)  # type: ignore[index]
+            total = y.sin().sum() + sum(t.sin().sum() for t in after.values() if t.is_floating_point())
+            results.append([y, *after.values(), *torch.autograd.grad(total, leaves)])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+
+    return check

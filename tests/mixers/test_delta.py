@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmlong.layout import Layout
 from mmlong.mixers import create_mixer, state_bytes
 from mmlong.mixers import delta as module
 from mmlong.mixers.delta import DeltaMixer
@@ -257,26 +256,9 @@ def test_deltanet_around_flas_recurrence(held: Any) -> None:
 
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("name", NAMES)
-def test_blocks_equal_whole(request: pytest.FixtureRequest, name: str, steps: int) -> None:
+def test_blocks_equal_whole(request: pytest.FixtureRequest, blocks_equal_whole: Any, name: str, steps: int) -> None:
     m = mixer(name, 8, heads=2, expand_k=1, chunk=8, steps=steps)
-    x = torch.randn(3, 150, 8, dtype=torch.float64, requires_grad=True)
-    resets = torch.zeros(3, 150, dtype=torch.bool)
-    resets[0, [0, 49, 50, 100]] = True
-    resets[2, [70, 139]] = True
-    described = Layout(lengths=torch.tensor([150, 0, 140]), resets=resets)
-    _, state = m(torch.randn(3, 5, 8, dtype=torch.float64))
-    state = {key: t.detach().requires_grad_() for key, t in state.items()}
-    results = []
-    for blocks in (False, True):
-        if blocks:
-            request.getfixturevalue("in_small_blocks")
-        y, after = m(x, state, described)
-        assert ("Blockwise" in y.grad_fn.name()) == blocks
-        y = torch.where(described.valid(150)[..., None], y, 0)  # type: ignore[index]
-        total = y.sin().sum() + after["S"].square().sum() + after["conv"].sin().sum()
-        results.append([y, *after.values(), *torch.autograd.grad(total, [x, *state.values(), *m.parameters()])])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
+    blocks_equal_whole(m, lambda: request.getfixturevalue("in_small_blocks"))
 
 
 @pytest.mark.usefixtures("in_small_blocks")

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmlong.layout import Layout
 from mmlong.mixers import create_mixer, state_bytes
 from mmlong.mixers.ttt import TTTMixer
 from mmlong.ops.rotary import rotary_reference
@@ -170,26 +169,9 @@ def test_layer_around_flas_loop(held: Any, batch: int, length: int) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_blocks_equal_whole(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    m = mixer(name, 8, heads=2, mini_batch=8)
-    x = torch.randn(3, 150, 8, dtype=torch.float64, requires_grad=True)
-    resets = torch.zeros(3, 150, dtype=torch.bool)
-    resets[0, [0, 49, 50, 100]] = True
-    resets[2, [70, 139]] = True
-    described = Layout(lengths=torch.tensor([150, 0, 140]), resets=resets)
-    _, before = m(torch.randn(3, 5, 8, dtype=torch.float64))
-    floats = {key: t.detach().requires_grad_() for key, t in before.items() if key != "passed"}
-    results = []
-    for blocks in (False, True):
-        if blocks:
-            monkeypatch.setattr("mmlong.mixers.learning_memory.BLOCK_TOKENS", 20)
-        y, after = m(x, {**floats, "passed": before["passed"]}, described)
-        assert ("Blockwise" in str(y.grad_fn.next_functions)) == blocks
-        y = torch.where(described.valid(150)[..., None], y, 0)  # type: ignore[index]
-        total = y.sin().sum() + sum(t.sin().sum() for t in learnt(after).values()) + after["conv"].sin().sum()
-        results.append([y, *after.values(), *torch.autograd.grad(total, [x, *floats.values(), *m.parameters()])])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
+def test_blocks_equal_whole(monkeypatch: pytest.MonkeyPatch, blocks_equal_whole: Any, name: str) -> None:
+    small = ("mmlong.mixers.learning_memory.BLOCK_TOKENS", 20)
+    blocks_equal_whole(mixer(name, 8, heads=2, mini_batch=8), lambda: monkeypatch.setattr(*small))
 
 
 @pytest.mark.parametrize("name", NAMES)
