@@ -38,7 +38,7 @@ BLOCKS = {
 }
 SCANNED = {"mmlong.ops.scan.CHUNK": 8, **BLOCKS}
 CHUNKED = {"mmlong.ops.chunk_forms.BLOCK_ELEMENTS": 1 << 14, **BLOCKS}
-SCALAR = {"mmlong.ops.linear_attention.BLOCK_ELEMENTS": 1 << 13, **BLOCKS}
+SCALAR = {"mmlong.ops.linear_attention_blocks.BLOCK_ELEMENTS": 1 << 13, **BLOCKS}
 SLOTTED = {**SCALAR, **CHUNKED, **SCANNED}
 LEARNING = {"mmlong.mixers.learning_memory.BLOCK_TOKENS": 20}
 TWO_SIDED = {"mmlong.mixers.kernelised.TWO_SIDED_TOKENS": 50, **SCALAR}
@@ -99,7 +99,7 @@ NEARER: dict[str, Nearer] = {
         {"headdim": 8, "ngroups": 2, "chunk": 16},
         {
             "mmlong.mixers.mamba2.BLOCK_ELEMENTS": 1 << 13,
-            "mmlong.ops.linear_attention.BLOCK_ELEMENTS": 1 << 13,
+            "mmlong.ops.linear_attention_blocks.BLOCK_ELEMENTS": 1 << 13,
             "mmlong.ops.short_conv.BLOCK_ELEMENTS": 1 << 13,
         },
     ),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmlong.layout import Layout
-from mmlong.ops import linear_attention as module
+from mmlong.ops import linear_attention_blocks as module
 from mmlong.ops.linear_attention import scalar_decay_attention, scalar_decay_reference
 from mmlong.ops.linear_attention_whole import whole
 
