@@ -130,7 +130,7 @@ def read_sound(source: Path | bytes, name: str | Path) -> Sound:
     except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).replace(repr(source), "the file").rstrip(": ")
         raise BadSampleError(name, f"cannot be read as a sound, or is cut short ({reason})") from error
-    for short, whole in _shortfalls(data, log, promised, len(wave)):
+    for short, whole in _shortfalls(log, promised, len(wave)):
         raise BadSampleError(
             name, f"is cut short: its header promises {whole:,} and there are {short:,}; copy it again"
         )
@@ -144,7 +144,7 @@ def read_sound(source: Path | bytes, name: str | Path) -> Sound:
     return Sound(np.ascontiguousarray(wave.T), rate, subtype)
 
 
-def _shortfalls(data: bytes, log: str, promised: int, found: int) -> list[tuple[int, int]]:
+def _shortfalls(log: str, promised: int, found: int) -> list[tuple[int, int]]:
     """(how much there is, how much was promised) wherever it is less: bytes by the log, frames otherwise."""
     pairs = [(int(there), int(said)) for said, there in _PROMISED.findall(log)]
     pairs += [(int(there), int(said)) for there, said in _DS64.findall(log)]

@@ -52,6 +52,12 @@ class Position:
     done: int = 0
     begun: bool = False
 
+    def begin(self) -> None:
+        """An iteration begins: the rest of an epoch that was restored, else the next epoch."""
+        if self.begun:
+            self.epoch, self.done = self.epoch + 1, 0
+        self.begun = True
+
 
 Fetched = tuple[Batch, list[DataError]] | DataError
 
@@ -195,9 +201,7 @@ class TrainLoader(_Loader, Positioned):
     def __iter__(self) -> Iterator[Batch]:
         # A generator: nothing below runs, and the position does not move, until the first batch is asked for.
         here = self.position
-        if here.begun:
-            here.epoch, here.done = here.epoch + 1, 0
-        here.begun = True
+        here.begin()
         for batch in self._run(self._batches(here.epoch, here.done)):
             here.done += self.global_batch
             yield batch

@@ -15,8 +15,9 @@ import numpy as np
 from .direct_images import DirectImageDataModule, DirectImages, DirectSplit, Facts
 from .draws import labels_of
 from .errors import DataError
-from .pathfinder import SIZES, Pathfinder, draw_picture
+from .pathfinder import draw_picture
 from .pathfinder_files import LEVELS, PathfinderFiles
+from .pathfinder_shapes import SIZES, Pathfinder
 
 COUNTS = {"train": 160_000, "val": 20_000, "test": 20_000}
 """The benchmark's."""

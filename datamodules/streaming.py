@@ -83,9 +83,7 @@ class StreamingLoader(Positioned):
 
     def __iter__(self) -> Iterator[Batch]:
         here = self.position
-        if here.begun:
-            here.epoch, here.done = here.epoch + 1, 0
-        here.begun = True
+        here.begin()
         for result in self._stream(here.epoch, here.done):
             batch = handed_out(result, self._report)
             here.done += self.global_batch

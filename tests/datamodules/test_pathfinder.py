@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmlong.datamodules.draws import Draw, labels_of
-from mmlong.datamodules.pathfinder import SIZES, Pathfinder, Picture, Point, disc, draw_picture, spread, step_from
+from mmlong.datamodules.pathfinder import Picture, draw_picture
+from mmlong.datamodules.pathfinder_shapes import SIZES, Pathfinder, Point, disc, spread, step_from
 
 COUNT = {32: 24, 64: 3, 128: 6, 256: 6}
 
