@@ -72,7 +72,7 @@ def run_bench(argv: list[str]) -> int:
     own.add_argument("--run", type=Path)
     own.add_argument("--seconds", type=float, default=10.0)
     options, rest = own.parse_known_args(argv[1:])
-    names, overrides = split_arguments("bench", rest)
+    names, overrides = split_arguments(rest)
     if not names:
         raise CommandError(
             f"which recipe? e.g. mmlong bench data -c image/cells256; recipes: {', '.join(main_recipes())}"

@@ -213,7 +213,7 @@ def _models(argv: list[str]) -> int:
     parser.add_argument("--dim", type=_positive, default=DEFAULT_DIM, help="of the default backbone, without -c")
     parser.add_argument("--dtype", type=_listed(tuple(DTYPES)), default=["fp32", "bf16"], help="fp32,bf16 (autocast)")
     options, rest = parser.parse_known_args(argv)
-    names, overrides = split_arguments("bench models", rest)
+    names, overrides = split_arguments(rest)
     conditions = _conditions(options, lengths=[], dtypes=options.dtype)
     if names:
         model = recipe_model(names, overrides, options.batch, options.length)

@@ -59,7 +59,7 @@ def run_estimate(argv: list[str]) -> int:
         print(USAGE.format(recipes=", ".join(main_recipes()), devices=", ".join([HERE, *DEVICES])), end="")
         return 0 if argv else 2
     options, rest = _options(argv)
-    names, overrides = split_arguments("estimate", rest)
+    names, overrides = split_arguments(rest)
     if not names:
         raise CommandError(
             f"which recipe? e.g. mmlong estimate -c image/cells256; recipes: {', '.join(main_recipes())}"

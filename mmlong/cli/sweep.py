@@ -54,7 +54,7 @@ def run_sweep(argv: list[str]) -> int:
         print(USAGE.format(recipes=", ".join(main_recipes())), end="")
         return 0 if argv else 2
     options, rest = _options(argv)
-    names, overrides = split_arguments("sweep", rest)
+    names, overrides = split_arguments(rest)
     if not names:
         raise CommandError(f"which recipe? e.g. mmlong sweep -c image/mnist784 --grid model.optim.lr=1e-3,3e-3; recipes: {', '.join(main_recipes())}")  # fmt: skip
     axes = parse_axes(options.grid)

@@ -63,7 +63,7 @@ def run_training(command: str, argv: list[str]) -> int:
     if any(arg in ("-h", "--help") for arg in argv):
         print(USAGE.format(command=command, what=what, ckpt=ckpt, recipes=", ".join(main_recipes())), end="")
         return 0
-    names, overrides = split_arguments(command, argv)
+    names, overrides = split_arguments(argv)
     checkpoint = _value_of("ckpt_path", overrides)
     if not names:
         run = resolve_run(checkpoint) if checkpoint else None
@@ -85,7 +85,7 @@ def run_training(command: str, argv: list[str]) -> int:
     return Engine(command, config, overrides, shown=["mmlong", command, *argv], recipes=recipes).run()
 
 
-def split_arguments(command: str, argv: list[str]) -> tuple[list[str], list[str]]:
+def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
     """Recipe names, and all other arguments as they are."""
     names: list[str] = []
     rest: list[str] = []

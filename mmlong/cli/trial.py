@@ -279,7 +279,7 @@ def main(argv: list[str], measure: Callable[[list[str], list[str]], Cost] = meas
     from mmlong.datamodules.errors import DataError
 
     try:
-        found = measure(*split_arguments("trial", argv))
+        found = measure(*split_arguments(argv))
     except (CommandError, DataError, ValueError, TypeError, KeyError) as error:
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         print(f"mmlong trial: {' '.join(text.split())}", file=sys.stderr)
