@@ -76,6 +76,12 @@ SUBJECTS: dict[str, Subject] = {
                     {"within": 4, "parts": [{"name": "attention", "heads": 4, "repeat": 2}]},
                 ],
             },
+            "megabyte, one block within 8": {
+                "model.backbone.parts": [
+                    {"pool": 8, "dim": 256, "parts": [{**_WIDE, "repeat": 4}]},
+                    {"within": 8, "parts": [{"name": "attention", "heads": 4}]},
+                ],
+            },
             "hnet": {
                 "model.backbone.parts": [
                     {"name": "mamba2", "expand": 1},

@@ -42,7 +42,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.tokens < 1 or args.rounds < 1:
         parser.error("--tokens and --rounds are at least 1")
     torch.set_num_threads(1)
-    models = {run: load_model(run) for run in args.runs}
+    try:
+        models = {run: load_model(run) for run in args.runs}
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
     for run, model in models.items():
         if not isinstance(model, AutoregressiveModel) or model.modality.codes != 256:
             parser.error(f"{run} holds no model that draws bytes")

@@ -64,14 +64,9 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.scale1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.scale2 = nn.Identity() if layer_scale is None or self.ffn is None else LayerScale(dim, layer_scale)
-
-    @property
-    def causal(self) -> bool:
-        return bool(self.mixer.causal) and not isinstance(self.ffn, CoLT5)
-
-    @property
-    def streaming(self) -> bool:
-        return bool(self.mixer.streaming) and not isinstance(self.ffn, CoLT5)
+        one_sided = not isinstance(self.ffn, CoLT5)
+        self.causal = bool(mixer.causal) and one_sided
+        self.streaming = bool(mixer.streaming) and one_sided
 
     def mix(self, x: Tensor, state: State = None, layout: Layout | None = None) -> tuple[Tensor, State]:
         """The mixer's branch: what is added to ``x``, and the state."""

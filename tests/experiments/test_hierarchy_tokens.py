@@ -37,3 +37,6 @@ def test_models_of_other_things_and_empty_prompts_are_refused(
     with pytest.raises(SystemExit):
         tokens.main([saved(tmp_path / "text", "text"), "--prompt", str(tmp_path / "read")])
     assert "is empty" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tokens.main([str(tmp_path / "nothing")])
+    assert "holds no saved model" in capsys.readouterr().err
