@@ -25,6 +25,7 @@ MODULES: dict[str, str] = {
     "fsdd": "fsdd",
     **{f"fsdd-without-{speaker}": "fsdd" for speaker in ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")},
     "foxdot": "foxdot",
+    **dict.fromkeys(("speech-commands-10", "speech-commands-35"), "speech_commands"),
     "waves": "waves",
     "digit-points": "digit_points",
     "digit-series": "digit_series",

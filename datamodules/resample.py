@@ -1,6 +1,6 @@
 """Sounds at another rate: torchaudio's windowed-sinc resampling, on numpy arrays.
 
-The only place that resamples: files of another rate when they are packed or predicted, and the change of speed in training. The kernel of each pair of rates is
+The only place that resamples: files of another rate when they are packed or predicted, packed ones that are read at another rate, and the change of speed in training. The kernel of each pair of rates is
 made once and kept. Its length grows with the reduced ratio of the two rates, so a ratio of large coprime numbers (44,099 to 8,000 Hz) is refused rather than
 computed with gigabytes.
 """
@@ -26,6 +26,33 @@ def _transform(before: int, after: int) -> Any:
     return Resample(before, after, lowpass_filter_width=WIDTH, rolloff=ROLLOFF)
 
 
+def reduced(before: int, after: int) -> tuple[int, int]:
+    """Two rates divided by what they have in common.
+
+    Raises:
+        ValueError: rates below 1, or whose ratio needs numbers above :data:`LARGEST_RATIO`.
+    """
+    if before < 1 or after < 1:
+        raise ValueError(f"rates are at least 1 Hz, got {before} and {after}")
+    common = math.gcd(before, after)
+    if max(before, after) // common > LARGEST_RATIO:
+        raise ValueError(
+            f"{before} to {after} Hz is the ratio {before // common}:{after // common}, too fine to resample exactly; "
+            "go through a round rate first"
+        )
+    return before // common, after // common
+
+
+def resampled_length(length: Any, before: int, after: int) -> Any:
+    """How many samples :func:`resample` makes of ``length``, a number or an array of them."""
+    return -(-length * after // before)
+
+
+def width(before: int, after: int) -> int:
+    """How many samples to each side of a moment the filter of two reduced rates reads, and as many more as lie between two on which both rates have one."""
+    return math.ceil(WIDTH * before / (min(before, after) * ROLLOFF)) + before
+
+
 def resample(wave: np.ndarray, before: int, after: int) -> np.ndarray:
     """A sound at another rate.
 
@@ -39,15 +66,8 @@ def resample(wave: np.ndarray, before: int, after: int) -> np.ndarray:
     Raises:
         ValueError: rates below 1, or whose ratio needs numbers above :data:`LARGEST_RATIO`.
     """
-    if before < 1 or after < 1:
-        raise ValueError(f"rates are at least 1 Hz, got {before} and {after}")
+    before, after = reduced(before, after)
     if before == after:
         return wave
-    common = math.gcd(before, after)
-    if max(before, after) // common > LARGEST_RATIO:
-        raise ValueError(
-            f"{before} to {after} Hz is the ratio {before // common}:{after // common}, too fine to resample exactly; "
-            "go through a round rate first"
-        )
     with torch.no_grad():
-        return _transform(before // common, after // common)(torch.from_numpy(np.ascontiguousarray(wave))).numpy()
+        return _transform(before, after)(torch.from_numpy(np.ascontiguousarray(wave))).numpy()

@@ -56,6 +56,7 @@ class SequenceSamples:
             whole document, which is then cut to the windows' length again, and not that of a stretch of a stream.
         on_bad: ``"stop"`` or ``"skip"``.
         cache: keep decoded documents in memory. A document is then read whole when it is first needed.
+        lengths: tokens of each document, where the codec makes another number of them than the index says; ``None``: as it says.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class SequenceSamples:
         augment: Change | None = None,
         on_bad: str = "stop",
         cache: bool = False,
+        lengths: np.ndarray | None = None,
     ) -> None:
         self.split = dataset.split(split)
         self.reader = IndexedReader(self.split)
@@ -80,7 +82,7 @@ class SequenceSamples:
         self.augment = augment
         self.on_bad = on_bad
         each = codec.dtype.itemsize * math.prod(codec.lead)
-        self.lengths = document_lengths(self.split)
+        self.lengths = document_lengths(self.split) if lengths is None else lengths
         self.cache = SharedCache(self.lengths * each) if cache else None
         self._ids: dict[str, int] | None = None
 

@@ -134,13 +134,18 @@ class SequenceDataModule(PackedDataModule):
             return Stream(lengths, length, train, self.seed, slots)
         return Whole(lengths, length, train and self.train_crop == "random", self.seed, self.crop)
 
+    def lengths(self, split: str) -> np.ndarray:
+        """``(N,)`` tokens of each document of a split, as the codec makes them."""
+        return document_lengths(self.dataset.split(split))
+
     def samples(self, split: str, train: bool) -> SequenceSamples:
         """The samples of a split, one at a time or as batches."""
         slots = self.batch_size * self._ranks()[1] if self.carry and train else None
-        windows = self._windows(document_lengths(self.dataset.split(split)), train, slots)
+        lengths = self.lengths(split)
+        windows = self._windows(lengths, train, slots)
         return SequenceSamples(
             self.dataset, split, self.codec, windows, self.label, self.augment if train and self.augment.names else None,
-            self.on_bad, self.cache,
+            self.on_bad, self.cache, lengths,
         )  # fmt: skip
 
     def train_order(self, batch: int) -> Callable[[int], np.ndarray]:

@@ -18,6 +18,7 @@ from .audio_files import SUFFIXES, Storage, pack_sound, survey
 from .errors import BadSampleError, DataError
 from .listing import Row, class_numbers, list_files
 from .records import Record, SequenceSource
+from .speech_commands import official_splits
 
 # Where torchaudio's classes keep the label in what `get_metadata` answers (path, rate, ...), and what it is called.
 TORCHAUDIO_LABELS = {
@@ -81,10 +82,7 @@ def sound_folder(
 
 def _speech_commands(folder: Path, rows: Sequence[Row]) -> list[Row]:
     """The same, split by the lists of Speech Commands, without its background noise."""
-    splits: dict[str, str] = {}
-    for split, name in (("val", "validation_list.txt"), ("test", "testing_list.txt")):
-        if (folder / name).is_file():
-            splits |= dict.fromkeys((folder / name).read_text().split(), split)
+    splits = official_splits(folder)
     names = {row.file.relative_to(folder).as_posix(): row for row in rows}
     by_name = {name: row for name, row in names.items() if not name.startswith("_")}
     if missing := splits.keys() - by_name.keys():

@@ -7,6 +7,7 @@ from mmlong.backbone.directions import BothWays, Reversed, create_directed
 from mmlong.backbone.reverse_complement import ReverseComplement, reverse_complement_features
 from mmlong.backbone.segmented import segmented_loss
 from mmlong.backbone.stack import Backbone, BackboneConfig
+from mmlong.backbone.time_step import Resampled, resample
 
 __all__ = [
     "Backbone",
@@ -14,9 +15,11 @@ __all__ = [
     "Block",
     "BothWays",
     "Merge",
+    "Resampled",
     "ReverseComplement",
     "Reversed",
     "create_directed",
+    "resample",
     "reverse_complement_features",
     "segmented_loss",
 ]

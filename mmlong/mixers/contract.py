@@ -10,10 +10,12 @@ A mixer class declares what its mechanism can do in a :class:`Traits` record, by
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from mmlong.layout import Layout
@@ -38,6 +40,7 @@ class Traits:
         grid: reads ``layout.grid`` or ``layout.positions``.
         padding: honours ``layout.lengths``.
         resets: honours ``layout.resets``.
+        continuous: samples a system of continuous time, whose step can be changed (:meth:`Mixer.resample`).
         note: fidelity: where it departs from the paper, or what it was proved against.
         survey: rows of :mod:`mmlong.mixers.survey` that it implements, each with what it takes beside the mixer's name, e.g. an option; empty for nothing.
     """
@@ -51,6 +54,7 @@ class Traits:
     grid: bool = False
     padding: bool = True
     resets: bool = True
+    continuous: bool = False
     note: str = ""
     survey: tuple[tuple[str, str], ...] = ()
 
@@ -106,6 +110,27 @@ class Mixer(nn.Module):
         """The state alone of :meth:`forward`, to the bit. Mixers whose outputs cost more than what they leave behind say how."""
         return self(x, state, layout)[1]
 
+    def resample(self, factor: float) -> None:
+        """Change the time from one token to the next, in place, so that a signal sampled at another rate is heard as one at the rate of training was.
+
+        Args:
+            factor: the old rate over the new. Trained at 16 kHz, a mixer hears 8 kHz after ``resample(2)``: a token stands for twice the time. A state from before is none of after.
+
+        Raises:
+            ValueError: the mechanism counts in tokens and has no time of its own, or a factor that is not above 0 and finite.
+        """
+        if not self.traits.continuous:
+            raise ValueError(
+                f"{type(self).__name__} counts in tokens: it samples no system of continuous time, so there is no step to change. Mixers that do: {', '.join(list_mixers(continuous=True))}"
+            )
+        check_factor(factor)
+        with torch.no_grad():
+            self.change_step(factor)
+
+    def change_step(self, factor: float) -> None:
+        """Multiply the time between tokens; ``factor`` has been checked. Mixers whose traits say ``continuous`` define this."""
+        raise TypeError(f"{type(self).__name__} does not define change_step(factor)")
+
     def state_bytes(self, length: int) -> int:
         """Bytes of one row's float32 state after ``length`` tokens; 0 for a mixer without a state."""
         raise TypeError(f"{type(self).__name__} does not define state_bytes(length)")
@@ -139,6 +164,12 @@ class Mixer(nn.Module):
             if layout.resets is not None and not self.traits.resets:
                 raise ValueError(f"{name} does not honour layout.resets: give it one document a row")
         return self.mix(x, state, layout)
+
+
+def check_factor(factor: float) -> None:
+    """Raise ``ValueError`` unless ``factor`` can be the quotient of two rates."""
+    if not (factor > 0 and math.isfinite(factor)):
+        raise ValueError(f"resample takes the old rate over the new, a number above 0, got {factor}")
 
 
 def why_not_streaming(module: nn.Module) -> str:

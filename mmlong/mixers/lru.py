@@ -93,9 +93,16 @@ def _read(h: Tensor, c: Tensor) -> Tensor:
     return F.linear(h, (c * c.new_tensor([1.0, -1.0])).flatten(1))
 
 
+def _less_one(x: Tensor, y: Tensor) -> Tensor:
+    """``exp(x + iy) - 1``, complex, without the loss of digits of a difference near 1."""
+    grown, half = torch.expm1(x), torch.sin(y / 2)
+    return torch.complex(grown * torch.cos(y) - 2 * half.square(), (grown + 1) * torch.sin(y))
+
+
 @register_mixer(
     "lru",
     paper="Orvieto et al. 2023, arXiv 2303.06349",
+    continuous=True,
     note="proved against lru-pytorch, weights copied, and scipy's filter; ring [0.9, 0.999] by default",
 )
 class LRU(_OneSystem):
@@ -159,6 +166,20 @@ class LRU(_OneSystem):
         nn.init.normal_(self.C, std=self.modes**-0.5)
         nn.init.normal_(self.D)
 
+    def change_step(self, factor: float) -> None:
+        """Another step of the system that the recurrence is the zero-order hold of: ``lambda^factor``, and ``B`` times ``(lambda^factor - 1) / (lambda - 1)``.
+
+        The paper derives the LRU from no continuous system; taken is the one of least frequencies (phases within half a turn). ``gamma`` stays: ``sqrt(1 - |lambda|^2)`` of the new modes
+        would keep the size of the states of white noise, and not what a signal that is smooth between tokens leaves in them.
+        """
+        real = -self.nu_log.double().exp()
+        turn = torch.remainder(self.theta_log.double().exp() + math.pi, 2 * math.pi) - math.pi
+        grown = _less_one(factor * real, factor * turn) / _less_one(real, turn)
+        self.B.copy_(torch.view_as_real(torch.view_as_complex(self.B.double()) * grown[:, None]))
+        self.nu_log.add_(math.log(factor))
+        turn = torch.remainder(factor * turn, 2 * math.pi)
+        self.theta_log.copy_(torch.where(turn > 0, turn, 2 * math.pi).log())
+
     def discretise(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         lam = torch.polar((-self.nu_log.to(dtype).exp()).exp(), self.theta_log.to(dtype).exp())
         scaled = self.gamma_log.to(dtype).exp()[:, None, None] * self.B.to(dtype)
@@ -172,6 +193,7 @@ class LRU(_OneSystem):
     "s5",
     paper="Smith, Warrington & Linderman 2022, arXiv 2208.04933",
     bidirectional=True,
+    continuous=True,
     note="proved against s5-pytorch, weights copied, and scipy's zero-order hold; Re Lambda < -1e-4",
 )
 class S5(_OneSystem):
@@ -234,12 +256,14 @@ class S5(_OneSystem):
         self.C.copy_(torch.view_as_real(torch.view_as_complex(c) @ basis))
         nn.init.normal_(self.D)
 
+    def change_step(self, factor: float) -> None:
+        """Longer or shorter steps of the same system."""
+        self.log_step.add_(math.log(factor))
+
     def discretise(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         real, imag = self.Lambda_re.to(dtype).clamp_max(SLOWEST), self.Lambda_im.to(dtype)
         dt = self.log_step.to(dtype).exp()
-        # exp(x + iy) - 1 without the loss of digits of a difference near 1.
-        grown, half = torch.expm1(dt * real), torch.sin(dt * imag / 2)
-        less_one = torch.complex(grown * torch.cos(dt * imag) - 2 * half.square(), (grown + 1) * torch.sin(dt * imag))
+        less_one = _less_one(dt * real, dt * imag)
         held = less_one / torch.complex(real, imag)
         return less_one + 1, held[:, None] * torch.view_as_complex(self.B.to(dtype)), 2 * self.C.to(dtype)
 

@@ -64,6 +64,7 @@ class Discrete(NamedTuple):
     bidirectional=True,
     state="constant",
     cost="n",
+    continuous=True,
     note="proved against scipy's bilinear rule and simulation, and the paper's kernel by Woodbury and Cauchy; P P* for P Q*; chunks in place of an FFT",
 )
 class S4(KernelLayer):

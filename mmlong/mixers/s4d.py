@@ -28,6 +28,7 @@ from mmlong.ops.diagonal import diagonal_recurrence, multiply
     bidirectional=True,
     state="constant",
     cost="n",
+    continuous=True,
     note="proved against scipy's matrix exponential and zero-order hold; B = 1, part of C; chunks in place of an FFT",
 )
 class S4D(KernelLayer):

@@ -50,6 +50,7 @@ MATRIX = 256
     grid=True,
     padding=False,
     resets=False,
+    continuous=True,
     note="S4D kernels, rank one; proved against scipy's zero-order hold and N-d FFTs; axis by axis in place of an FFT",
 )
 class S4ND(StateSpace):
@@ -111,6 +112,10 @@ class S4ND(StateSpace):
         """S4D's initial values on every axis; D is standard normal."""
         self.reset_system()
         self.D.normal_()
+
+    def change_step(self, factor: float) -> None:
+        """Cells ``factor`` times as far apart along every axis: ``rate``, since ``bandlimit`` goes by the steps that were trained. It is no weight, so a copy is built with it as an option."""
+        self.rate *= factor
 
     def state_bytes(self, length: int) -> int:
         return 0

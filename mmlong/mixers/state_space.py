@@ -89,6 +89,10 @@ class StateSpace(Mixer):
         self.A_imag.copy_(initial_frequencies(self.init, self.d_state).expand_as(self.A_imag))
         self.C.normal_(std=0.5**0.5)
 
+    def change_step(self, factor: float) -> None:
+        """Longer or shorter steps of the same system, which the rule that discretises it then holds."""
+        self.log_dt.add_(math.log(factor))
+
     def zero_order_hold(self, dtype: torch.dtype, rate: float = 1.0) -> tuple[Tensor, Tensor]:
         """``dt A`` and ``(exp(dt A) - 1) / A``, both ``(*systems, N / 2, 2)``; steps are ``rate`` times the parameter's."""
         dt = rate * self.log_dt.to(dtype).exp()[..., None]

@@ -92,8 +92,18 @@ class Sound(Modality):
         super().__init__(dim)
         if rate < 1 or channels < 1:
             raise ValueError(f"a sound has a rate and channels of at least 1, got rate {rate} and {channels} channels")
-        self.rate = rate
+        self.rate: int = rate
         self.sound_channels = channels
+
+    def resample(self, rate: int) -> None:
+        """Recordings are of another rate from now on.
+
+        Raises:
+            ValueError: a rate below 1.
+        """
+        if rate < 1:
+            raise ValueError(f"a sound has a rate of at least 1, got {rate}")
+        self.rate = rate
 
     @classmethod
     def example_options(cls) -> list[dict[str, Any]]:
@@ -141,6 +151,18 @@ class AudioModality(Sound):
         layout = Layout(lengths=lengths, resets=resets)
         layout.check(*tokens.shape[:2])
         return tokens, layout
+
+    def resample(self, rate: int) -> None:
+        """As a waveform's, where there is one channel.
+
+        Raises:
+            ValueError: channels that take turns, which is a pattern of tokens and not of time.
+        """
+        if self.sound_channels > 1:
+            raise ValueError(
+                f"the codes of {self.sound_channels} channels take turns, at every rate alike: a mixer would take their turns for something in time. Use modality audio, or one channel"
+            )
+        super().resample(rate)
 
     def decode(self, tokens: Tensor, layout: Layout | None = None) -> Tensor:
         """float ``(B, T, C)`` back to float32 ``(B, T)`` (one channel) or ``(B, C, T)``."""

@@ -55,6 +55,7 @@ class Modality(nn.Module):
         channels: C, numbers of raw data that one token holds: what bits per dimension divides by.
         unordered: whether the raw tensor's last axis has no order (a set): whichever order it comes in, :meth:`encode` makes the same tokens.
         levels: values that each number can take (256 for bytes), which a density needs to be a probability; ``None`` where it is not quantised.
+        rate: tokens are samples of a signal in time, so many a second of each channel; ``None`` where they are no such thing, or nobody says how far apart they are.
     """
 
     kind: str = ""
@@ -62,6 +63,7 @@ class Modality(nn.Module):
     codes: int | None = None
     channels: int = 1
     levels: int | None = None
+    rate: int | None = None
     unordered: bool = False
 
     def __init__(self, dim: int) -> None:
@@ -120,6 +122,16 @@ class Modality(nn.Module):
             least, most = int(tokens.min()), int(tokens.max())
             if least < 0 or most >= self.codes:
                 raise ValueError(f"codes must be 0 .. {self.codes - 1}, got {least} .. {most}")
+
+    def resample(self, rate: int) -> None:
+        """Take raw tensors of another rate from now on, in samples a second.
+
+        Raises:
+            ValueError: tokens are no samples of a signal in time.
+        """
+        raise ValueError(
+            f"{type(self).__name__} makes {self.unit}s, which are no samples of a signal in time: there is no other rate to hear them at"
+        )
 
     def quantisation(self, raw: Tensor) -> Tensor | float:
         """How far ``decode(encode(raw))`` may be from ``raw``, number by number; 0 where it is the same, as here."""

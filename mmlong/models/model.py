@@ -15,10 +15,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mmlong.backbone import Backbone, BackboneConfig
+from mmlong.backbone import Backbone, BackboneConfig, Resampled
+from mmlong.backbone.time_step import require_all, survey
 from mmlong.heads import HEADS, CategoricalHead, Head, create_head
 from mmlong.layout import Layout
 from mmlong.mixers import State
+from mmlong.mixers.contract import check_factor
 from mmlong.modalities import MODALITIES, Modality, create_modality
 from mmlong.models.intermediates import forward_intermediates
 from mmlong.registry import Registry, check_options, nearest
@@ -136,6 +138,38 @@ class Model(nn.Module):
         """Tokens to the head's prediction, and the state."""
         x, state = self.forward_features(tokens, state, layout)
         return self.forward_head(x, self.backbone.layout_out(layout, tokens.shape[1])), state
+
+    def resample(self, factor: float, strict: bool = True, rate: int | None = None) -> Resampled:
+        """Hear signals at another rate than the model was trained at, by the step of its mixers, in place and without training (:mod:`mmlong.backbone.time_step`).
+
+        Args:
+            factor: the old rate over the new: a model trained at 16 kHz hears 8 kHz after ``resample(2)``.
+            strict: refuse a model of which a part counts in tokens; otherwise such parts stay as they are and are named in the result.
+            rate: what the modality hears from now on, in samples a second; unless told, the old rate over ``factor``, rounded.
+
+        Raises:
+            ValueError: a factor that is not above 0 and finite; a modality whose tokens are no samples of a signal in time; a model that predicts tokens, which are other moments at another
+                rate (its ``backbone`` alone can be resampled); or, if ``strict``, parts that count in tokens. Nothing has been changed then.
+        """
+        check_factor(factor)
+        if factor == 1:
+            return Resampled(1.0, (), {})
+        if (kind := self.config.get("kind", "plain")) != "plain":
+            raise ValueError(
+                f"a model of kind {kind!r} predicts tokens, which at another rate are other moments: train one at that rate"
+            )
+        systems, left = survey(self.backbone)
+        if hasattr(self.head, "tokens"):
+            left["head"] = f"reads exactly {self.head.tokens} tokens"
+        if strict:
+            require_all(left)
+        if rate is None:
+            rate = round((self.modality.rate or 0) / factor)
+        self.modality.resample(rate)
+        self.config["modality"]["rate"] = rate
+        for mixer in systems.values():
+            mixer.resample(factor)
+        return Resampled(factor, tuple(systems), left)
 
     # Saving; see mmlong.models.hub
 

@@ -6,14 +6,14 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from mmlong.backbone import BackboneConfig
+from mmlong.backbone import BackboneConfig, Resampled
 from mmlong.layout import Layout
 from mmlong.mixers.own_loss import mean_own_loss, own_losses
 from mmlong.models import Model, build_model
@@ -54,6 +54,11 @@ class Task(pl.LightningModule):
             :mod:`mmlong.training.transfer`. A run that goes on from a checkpoint has its own weights and does not look.
         freeze_backbone: leave the backbone as it is: for so many steps of training, or (true) throughout.
         model_parts: what else the objective's kind of model has in its configuration.
+
+    Attributes:
+        resample: to evaluate a checkpoint on data of another rate than it was trained at (``modality.rate``): ``whole``, by the quotient of the two, and refused if a part of the model counts in tokens; ``partly``,
+            what can be; or a factor, by which the steps are multiplied whatever the rates: 1 leaves them as they are. See :meth:`mmlong.models.Model.resample`.
+        resampled: what became of it; ``None`` where nothing was changed.
     """
 
     kind = "plain"
@@ -78,6 +83,9 @@ class Task(pl.LightningModule):
         self.backbone_from = backbone_from
         self.freeze_backbone = freeze_backbone
         self._restored = self._fitting = False
+        self._meeting: tuple[float, int | None] | None = None
+        self.resample: float | Literal["whole", "partly"] = "whole"
+        self.resampled: Resampled | None = None
         self.optim = optim or OptimConfig()
         self.compile_blocks = compile
         kind = {} if self.kind == "plain" else {"kind": self.kind}
@@ -214,6 +222,11 @@ class Task(pl.LightningModule):
         self._restored = True
         free = (*(f"backbone.{key}" for key in FREE), "head.dropout")
         there = json.loads(checkpoint.get(CHECKPOINT_CONFIG, "{}"))
+        self._meeting = None
+        if not self._fitting:
+            # A rate that is not the trained one is met by :meth:`hear_rate`.
+            free = (*free, "modality.rate")
+            self._meeting = self._meet(there)
         there["backbone"] = with_defaults(there.get("backbone", {}))
         if differ := differences(there, self.model.config, free, "the checkpoint"):
             raise ArchitectureMismatchError(
@@ -229,6 +242,37 @@ class Task(pl.LightningModule):
                 f"the checkpoint is of a run that trained other parts of the model (model.optim):\n  {first_lines(differ)}\n"
                 "go on with the settings it has (config.yaml in its run folder), or begin anew with its backbone: --model.backbone_from RUN"
             )
+
+    def _meet(self, there: dict[str, Any]) -> tuple[float, int | None] | None:
+        """By what the steps of a checkpoint's mixers are to be multiplied, and the rate that it was trained at; ``None`` where its rate is the data's and nobody told otherwise."""
+        before, now = (config.get("modality", {}).get("rate") for config in (there, self.model.config))
+        if not isinstance(self.resample, str):
+            return float(self.resample), before
+        return (before / now, before) if before and now and before != now else None
+
+    def hear_rate(self) -> None:
+        """Make a model that was read from a checkpoint hear the data's rate, where that is another than it was trained at."""
+        meet, self._meeting = self._meeting, None
+        if meet is None:
+            return
+        (factor, before), now = meet, self.model.modality.rate
+        done = self.resampled = self.model.resample(factor, strict=self.resample != "partly", rate=now)
+        told = "" if before is None or now is None else f"trained at {before:,} Hz, heard at {now:,} Hz: "
+        told += f"the steps of {len(done.changed)} mixers times {factor:g}" if done.changed else "steps as they were"
+        told += "".join(f"\n  left as it was: {name} ({why})" for name, why in done.left.items())
+        rank_zero_only(print)(told, flush=True)
+
+    def on_validation_start(self) -> None:
+        """See :meth:`hear_rate`."""
+        self.hear_rate()
+
+    def on_test_start(self) -> None:
+        """See :meth:`hear_rate`."""
+        self.hear_rate()
+
+    def on_predict_start(self) -> None:
+        """See :meth:`hear_rate`."""
+        self.hear_rate()
 
     def counted(self, batch: dict[str, Tensor]) -> Tensor:
         """Bool ``(B,)``: samples that count; evaluation is filled up with samples of weight 0."""
