@@ -152,18 +152,6 @@ class AudioModality(Sound):
         layout.check(*tokens.shape[:2])
         return tokens, layout
 
-    def resample(self, rate: int) -> None:
-        """As a waveform's, where there is one channel.
-
-        Raises:
-            ValueError: channels that take turns, which is a pattern of tokens and not of time.
-        """
-        if self.sound_channels > 1:
-            raise ValueError(
-                f"the codes of {self.sound_channels} channels take turns, at every rate alike: a mixer would take their turns for something in time. Use modality audio, or one channel"
-            )
-        super().resample(rate)
-
     def decode(self, tokens: Tensor, layout: Layout | None = None) -> Tensor:
         """float ``(B, T, C)`` back to float32 ``(B, T)`` (one channel) or ``(B, C, T)``."""
         raw = tokens.float().transpose(1, 2)
@@ -205,6 +193,18 @@ class MuLawModality(Sound):
             resets = torch.cat([resets.unsqueeze(2), later], 2).flatten(1)
         lengths = None if lengths is None else lengths * self.sound_channels
         return mulaw_encode(wave).flatten(1), Layout(lengths=lengths, resets=resets)
+
+    def resample(self, rate: int) -> None:
+        """As a waveform's, where there is one channel.
+
+        Raises:
+            ValueError: channels that take turns, which is a pattern of tokens and not of time.
+        """
+        if self.sound_channels > 1:
+            raise ValueError(
+                f"the codes of {self.sound_channels} channels take turns, at every rate alike: a mixer would take their turns for something in time. Use modality audio, or one channel"
+            )
+        super().resample(rate)
 
     def decode(self, tokens: Tensor, layout: Layout | None = None) -> Tensor:
         """Codes ``(B, T * C)`` to float32 ``(B, T)`` (one channel) or ``(B, C, T)``.
