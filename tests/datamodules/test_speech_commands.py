@@ -76,7 +76,7 @@ def test_what_is_not_the_published_form(tree: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"speech-commands-10: is in no package: unpack .* --data\.source_path"):
         ten.load(None)
     with pytest.raises(DataError, match=r"has neither validation_list\.txt nor testing_list\.txt"):
-        ten.load(str(tmp_path))
+        ten.load(str(tmp_path / "elsewhere"))
     (tree / "backward" / f"{SPEAKERS[2]}_nohash_0.wav").unlink()
     assert len(ten.load(str(tree)).records) == 30  # none of the ten
     with pytest.raises(DataError, match=r"\[backward/6f2f57c1_nohash_0.wav\]: its lists of splits name 1 files"):
