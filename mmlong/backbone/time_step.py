@@ -78,7 +78,7 @@ def require_all(left: Mapping[str, str]) -> None:
         named = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:SHOWN])
         more = f"; and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
         raise ValueError(
-            f"not all of this model can be heard at another rate: {named}{more}. Train at that rate, build it of {', '.join(list_mixers(continuous=True))} without pooling, or resample what can be (strict=False; --resample partly)"
+            f"not all of this model can be heard at another rate: {named}{more}. Train at that rate, build it of {', '.join(list_mixers(continuous=True))} without pooling, or resample what can be (strict=False; --rescale partly)"
         )
 
 

@@ -91,7 +91,7 @@ class _CLI(LightningCLI):
         parser.add_argument("--best_by", type=str, default="val/accuracy")
         parser.add_argument("--checkpoint_seconds", type=float, default=60.0)
         parser.add_argument("--sequence_ranks", type=int | None, default=None)
-        parser.add_argument("--resample", type=float | Literal["whole", "partly"], default="whole")
+        parser.add_argument("--rescale", type=float | Literal["whole", "partly"], default="whole")
         parser.link_arguments("data", "model.init_args.data_info", compute_fn=describe_data, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -144,9 +144,9 @@ class Engine:
         root = Path(config.runs)
         if config.ckpt_path is not None:
             self.resumed = resolve_checkpoint(config.ckpt_path, config.recipe, root)
-        if self.command == "fit" and config.resample != "whole":
+        if self.command == "fit" and config.rescale != "whole":
             raise CommandError(
-                "--resample is for models that are trained: with validate, test or predict. To train at another rate: --data.rate"
+                "--rescale is for models that are trained: with validate, test or predict. To train at another rate: --data.rate"
             )
         if self.resumed is not None and self.resumed.run is not None and config.run_dir is None:
             self.run_dir = self.resumed.run
@@ -303,7 +303,7 @@ class Engine:
     def _evaluate(self) -> int:
         assert self.resumed is not None
         trainer, task, data = self.cli.trainer, self.cli.model, self.cli.datamodule
-        task.resample = self.settings.resample
+        task.rescale = self.settings.rescale
         measure = trainer.test if self.command == "test" else trainer.validate
         found = measure(task, datamodule=data, ckpt_path=self.resumed.checkpoint, weights_only=True, verbose=False)
         if not found:
@@ -314,7 +314,7 @@ class Engine:
             if (done := task.resampled) is not None:
                 # Beside what the model says at the rate it was trained at, not in place of it.
                 name += f"-at-{task.model.modality.rate}"
-                name += "" if isinstance(self.settings.resample, str) else f"-factor-{done.factor:g}"
+                name += "" if isinstance(self.settings.rescale, str) else f"-factor-{done.factor:g}"
                 told["resampled"] = dataclasses.asdict(done)
             write_json(self.run_dir / f"{name}.json", told)
         self._say(
@@ -325,7 +325,7 @@ class Engine:
     def _predict(self) -> int:
         assert self.resumed is not None
         trainer = self.cli.trainer
-        self.cli.model.resample = self.settings.resample
+        self.cli.model.rescale = self.settings.rescale
         trainer.predict(
             self.cli.model, datamodule=self.cli.datamodule, ckpt_path=self.resumed.checkpoint, weights_only=True,
             return_predictions=False,
@@ -340,7 +340,7 @@ class Engine:
     @rank_zero_only
     def _save_config(self) -> None:
         kept = self.settings.clone()
-        for key in ("config", "run_dir", "ckpt_path", "resample"):
+        for key in ("config", "run_dir", "ckpt_path", "rescale"):
             kept.pop(key, None)
         text = self.cli.parser.dump(kept, skip_none=False)
         path = self.run_dir / CONFIG

@@ -35,7 +35,7 @@ keys of a run
   --best_by METRIC            what makes weights the best (default: val/accuracy)
   --checkpoint_seconds S      how often to save, at most (default: 60)
   --sequence_ranks N          with --trainer.strategy sequence_parallel: how many ranks share a sequence (default: all)
-  --resample HOW              validate, test, predict: data of another rate than was trained at (--data.rate) is heard by changing the
+  --rescale HOW               validate, test, predict: data of another rate than was trained at (--data.rate) is heard by changing the
                               steps of the mixers; `whole` (default) refuses a model that counts in tokens, `partly` changes what can
                               be, a number multiplies the steps by that (1 leaves them)
 
@@ -50,7 +50,7 @@ WHAT = {
 }  # fmt: skip
 
 OWN = ("config", "seed_everything", "recipe", "runs", "run_dir", "ckpt_path", "test_after_fit", "best_by",
-       "checkpoint_seconds", "sequence_ranks", "resample", "print_config", "trainer", "model", "data")  # fmt: skip
+       "checkpoint_seconds", "sequence_ranks", "rescale", "print_config", "trainer", "model", "data")  # fmt: skip
 
 
 def run_training(command: str, argv: list[str]) -> int:

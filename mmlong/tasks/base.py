@@ -56,7 +56,7 @@ class Task(pl.LightningModule):
         model_parts: what else the objective's kind of model has in its configuration.
 
     Attributes:
-        resample: to evaluate a checkpoint on data of another rate than it was trained at (``modality.rate``): ``whole``, by the quotient of the two, and refused if a part of the model counts in tokens; ``partly``,
+        rescale: to evaluate a checkpoint on data of another rate than it was trained at (``modality.rate``): ``whole``, by the quotient of the two, and refused if a part of the model counts in tokens; ``partly``,
             what can be; or a factor, by which the steps are multiplied whatever the rates: 1 leaves them as they are. See :meth:`mmlong.models.Model.resample`.
         resampled: what became of it; ``None`` where nothing was changed.
     """
@@ -84,7 +84,7 @@ class Task(pl.LightningModule):
         self.freeze_backbone = freeze_backbone
         self._restored = self._fitting = False
         self._meeting: tuple[float, int | None] | None = None
-        self.resample: float | Literal["whole", "partly"] = "whole"
+        self.rescale: float | Literal["whole", "partly"] = "whole"
         self.resampled: Resampled | None = None
         self.optim = optim or OptimConfig()
         self.compile_blocks = compile
@@ -246,8 +246,8 @@ class Task(pl.LightningModule):
     def _meet(self, there: dict[str, Any]) -> tuple[float, int | None] | None:
         """By what the steps of a checkpoint's mixers are to be multiplied, and the rate that it was trained at; ``None`` where its rate is the data's and nobody told otherwise."""
         before, now = (config.get("modality", {}).get("rate") for config in (there, self.model.config))
-        if not isinstance(self.resample, str):
-            return float(self.resample), before
+        if not isinstance(self.rescale, str):
+            return float(self.rescale), before
         return (before / now, before) if before and now and before != now else None
 
     def hear_rate(self) -> None:
@@ -256,7 +256,7 @@ class Task(pl.LightningModule):
         if meet is None:
             return
         (factor, before), now = meet, self.model.modality.rate
-        done = self.resampled = self.model.resample(factor, strict=self.resample != "partly", rate=now)
+        done = self.resampled = self.model.resample(factor, strict=self.rescale != "partly", rate=now)
         told = "" if before is None or now is None else f"trained at {before:,} Hz, heard at {now:,} Hz: "
         told += f"the steps of {len(done.changed)} mixers times {factor:g}" if done.changed else "steps as they were"
         told += "".join(f"\n  left as it was: {name} ({why})" for name, why in done.left.items())

@@ -63,15 +63,15 @@ def test_trained_at_one_rate_and_tested_at_another(sounds: Path, mmlong: Call) -
     assert "trained at 8,000 Hz, heard at 4,000 Hz: the steps of 2 mixers times 2" in said
     whole = json.loads((run / "test-at-4000.json").read_text())
     assert whole["resampled"] == {"factor": 2.0, "changed": ["stages.0.0.mixer", "stages.0.1.mixer"], "left": {}}
-    status, said = mmlong("test", "-c", "hums.yaml", "--ckpt_path", "last", "--data.rate", "4000", "--resample", "1")
+    status, said = mmlong("test", "-c", "hums.yaml", "--ckpt_path", "last", "--data.rate", "4000", "--rescale", "1")
     assert status == 0, said
     assert "heard at 4,000 Hz: steps as they were" in said
     as_trained = json.loads((run / "test-at-4000-factor-1.json").read_text())
     assert abs(whole["test/loss"] - trained) < abs(as_trained["test/loss"] - trained) / 3
     assert not (run / "test.json").exists()
-    status, said = mmlong("fit", "-c", "hums.yaml", "--resample", "2")
+    status, said = mmlong("fit", "-c", "hums.yaml", "--rescale", "2")
     assert status != 0
-    assert "--resample is for models that are trained" in said
+    assert "--rescale is for models that are trained" in said
 
 
 def test_a_model_that_counts_in_tokens(sounds: Path, mmlong: Call) -> None:
@@ -82,6 +82,6 @@ def test_a_model_that_counts_in_tokens(sounds: Path, mmlong: Call) -> None:
     status, said = mmlong("test", *at)
     assert status != 0
     assert "not all of this model can be heard at another rate: stages.0.1.mixer: Mamba2 counts in tokens" in said
-    status, said = mmlong("predict", *at, "--resample", "partly")
+    status, said = mmlong("predict", *at, "--rescale", "partly")
     assert status == 0, said
     assert "the steps of 1 mixers times 0.5\n  left as it was: stages.0.1.mixer (Mamba2 counts in tokens)" in said
