@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mmlong.layout import Layout
-from mmlong.mixers import MIXERS, Mixer, create_mixer, list_mixers
+from mmlong.mixers import MIXERS, Mixer, Traits, create_mixer, list_mixers
 from mmlong.testing import check_mixer
 
 DIM = 4
@@ -154,3 +154,11 @@ def test_a_factor_that_is_none(factor: float) -> None:
         with pytest.raises(ValueError, match="the old rate over the new, a number above 0"):
             mixer.resample(factor)
         assert all(value.equal(before[key]) for key, value in mixer.state_dict().items())
+
+
+def test_who_claims_it_must_define_it() -> None:
+    class Claims(Mixer):
+        traits = Traits(paper="none", continuous=True)
+
+    with pytest.raises(TypeError, match="Claims does not define change_step"):
+        Claims(4).resample(2)
