@@ -313,7 +313,7 @@ class Engine:
             name, told = self.command, {"checkpoint": str(self.resumed.checkpoint), **found[0]}
             if (done := task.resampled) is not None:
                 # Beside what the model says at the rate it was trained at, not in place of it.
-                name += f"-at-{task.model.modality.rate}"
+                name += f"-at-{task.model.config['modality']['rate']}"
                 name += "" if isinstance(self.settings.rescale, str) else f"-factor-{done.factor:g}"
                 told["resampled"] = dataclasses.asdict(done)
             write_json(self.run_dir / f"{name}.json", told)

@@ -246,16 +246,17 @@ class Task(pl.LightningModule):
     def _meet(self, there: dict[str, Any]) -> tuple[float, int | None] | None:
         """By what the steps of a checkpoint's mixers are to be multiplied, and the rate that it was trained at; ``None`` where its rate is the data's and nobody told otherwise."""
         before, now = (config.get("modality", {}).get("rate") for config in (there, self.model.config))
+        factor = before / now if before and now else 1.0
         if not isinstance(self.rescale, str):
-            return float(self.rescale), before
-        return (before / now, before) if before and now and before != now else None
+            factor = float(self.rescale)
+        return None if factor == 1 and before == now else (factor, before)
 
     def hear_rate(self) -> None:
         """Make a model that was read from a checkpoint hear the data's rate, where that is another than it was trained at."""
         meet, self._meeting = self._meeting, None
         if meet is None:
             return
-        (factor, before), now = meet, self.model.modality.rate
+        (factor, before), now = meet, self.model.config.get("modality", {}).get("rate")
         done = self.resampled = self.model.resample(factor, strict=self.rescale != "partly", rate=now)
         told = "" if before is None or now is None else f"trained at {before:,} Hz, heard at {now:,} Hz: "
         told += f"the steps of {len(done.changed)} mixers times {factor:g}" if done.changed else "steps as they were"
