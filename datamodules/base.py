@@ -9,6 +9,7 @@ global batch, batch size x ranks, is the same.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 
 from .errors import ON_BAD, AlreadyPackedError, DataError
+from .indexed import IndexedReader
 from .loader import EvaluationLoader, Position, Samples, TrainLoader
 from .order import WINDOW, epoch_order, steps_per_epoch
 from .packed import PackedDataset
@@ -111,6 +113,7 @@ class PackedDataModule(pl.LightningDataModule):
         self._dataset: PackedDataset | None = None
         self._samples: dict[tuple[str, bool], Samples] = {}
         self._loaders: list[TrainLoader | EvaluationLoader] = []
+        self._readers: dict[str, IndexedReader] = {}
 
     def samples(self, split: str, train: bool) -> Samples:
         """The samples of a split, decoded; with augmentation if ``train``."""
@@ -167,7 +170,10 @@ class PackedDataModule(pl.LightningDataModule):
         if self._dataset is None:
             dataset = PackedDataset(self.folder)
             if (found := dataset.manifest["modality"]) != self.modality:
-                raise DataError(self.folder, f"holds {found}; {type(self).__name__} reads {self.modality}")
+                raise DataError(
+                    self.folder, f"holds {found}; {type(self).__name__} reads {self.modality}: take a recipe of {found} "
+                    "(`mmlong recipes` lists them)"
+                )  # fmt: skip
             self._dataset = dataset
         return self._dataset
 
@@ -226,6 +232,19 @@ class PackedDataModule(pl.LightningDataModule):
         for split in needed.get(stage or "", self.dataset.splits):
             if split in self.dataset.splits:
                 self.dataset.split(split)
+
+    def sample_name(self, split: str, sample: int) -> str:
+        """What a sample was packed from, as its source calls it: a file in its folder, a record; empty where nothing was noted.
+
+        Raises:
+            DataError: no such split, or the sample is damaged.
+        """
+        if split not in self._readers:
+            self._readers[split] = IndexedReader(self.dataset.split(split))
+        reader = self._readers[split]
+        if "json" not in reader.split.size:
+            return ""
+        return str(json.loads(reader.read(sample, "json")).get("file", ""))
 
     def teardown(self, stage: str | None = None) -> None:
         """End the worker processes of the loaders that were made."""

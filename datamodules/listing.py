@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from .errors import DataError
+from .shards import MANIFEST
 
 SPLITS = ("train", "val", "test")
 
@@ -84,7 +85,11 @@ def list_files(
             _tell_others(folder, suffixes, what)
     if not listing.files and not listing.faults:
         kinds = f" ({', '.join(sorted(suffixes))})" if suffixes else ""
-        raise DataError(folder if labels is None else labels, f"no {what} in it{kinds}")
+        there = _others(folder, suffixes) if labels is None else ""
+        there = f"; what is there: {there}" if there else ""
+        if labels is None and (folder / MANIFEST).is_file():
+            there = "; it is packed already: `mmlong fit -c RECIPE --data.dataset` takes it"
+        raise DataError(folder if labels is None else labels, f"no {what} in it{kinds}{there}")
     return listing
 
 
@@ -132,10 +137,14 @@ def _visible(folder: Path) -> list[Path]:
 
 def _tell_others(folder: Path, suffixes: Collection[str], what: str) -> None:
     """Say which files are not taken because of what they are called: a format that is not read is easily overlooked."""
-    others = Counter(path.suffix.lower() or path.name for path in _visible(folder) if not _counts(path, suffixes))
-    if others:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(8))
+    if kinds := _others(folder, suffixes):
         log.warning("%s: left aside, no %s by their names: %s", folder, what, kinds)
+
+
+def _others(folder: Path, suffixes: Collection[str]) -> str:
+    """Files that are not taken because of what they are called, by kind."""
+    others = Counter(path.suffix.lower() or path.name for path in _visible(folder) if not _counts(path, suffixes))
+    return ", ".join(f"{count} {kind}" for kind, count in others.most_common(8))
 
 
 def table_rows(table: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:

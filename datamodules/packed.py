@@ -42,6 +42,11 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
+        if not Path(folder).exists():
+            raise BadShardError(
+                folder,
+                "no such folder; `mmlong pack KIND IN OUT` makes a packed dataset, OUT (KIND: image, audio, text, ...)",
+            )
         if Path(folder).is_dir() and any(Path(folder).iterdir()):
             do = f"files of your own become one by `mmlong pack KIND {shlex.quote(str(folder))} OUT`, and OUT is what is to be named"
         else:

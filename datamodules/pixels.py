@@ -27,7 +27,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import BadSampleError
 
@@ -51,7 +51,12 @@ DECODE_ERRORS = (
 
 def open_image(file: Path | io.BytesIO) -> Image.Image:
     """Open an image file of one of `FORMATS`; only its header is read yet."""
-    return Image.open(file, formats=FORMATS)
+    try:
+        return Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        if isinstance(file, Path) and not file.stat().st_size:
+            raise UnidentifiedImageError("it is an empty file") from error
+        raise UnidentifiedImageError(f"it is in no format that is read ({', '.join(FORMATS)})") from error
 
 
 def to_pixels(image: Image.Image, channels: int, name: str | Path) -> Image.Image:

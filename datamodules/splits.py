@@ -95,7 +95,10 @@ def split_items(items: Sequence[Sample], splits: Mapping[str, float], seed: int)
         if name != "train" and name not in own
     }
     if sum(asked.values()) > count:
-        raise ValueError(f"the splits {dict(splits)} ask for {sum(asked.values())} of {count} samples")
+        each = ", ".join(f"{name}={number}" for name, number in asked.items())
+        raise ValueError(
+            f"the splits ({each}) ask for {sum(asked.values())} of {count} samples; ask for fewer, or for shares below 1"
+        )
     left = [loose[unit] for unit in sorted(loose, key=lambda unit: _lot(seed, "split", unit[1]))]
     for name, number in asked.items():
         taken = _stratified(left, number)

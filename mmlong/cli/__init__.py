@@ -30,7 +30,8 @@ train and use (recipes by name or file; several -c are merged, the later wins; a
   recipes    list the packaged recipes
 
 data
-  pack       mmlong pack image photos/ packed/ --size 256         make shards; --verify proves them
+  pack       mmlong pack image photos/ packed/ --size 256         make shards of your own data; --verify proves them
+             mmlong fit -c image/cells256 --data.dataset packed/  and train on them
   bench      mmlong bench data -c image/cells256                  how fast the recipe's loader delivers
              mmlong bench mixers mamba2 --against all             seconds, memory and growth; also blocks, models, stream, table
 

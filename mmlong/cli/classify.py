@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
-from mmlong.cli.conversions import add_conversions, conversions
+from mmlong.cli.conversions import add_conversions, add_on_bad, conversions
 from mmlong.cli.errors import CommandError
 
 EPILOG = """\
@@ -34,6 +35,7 @@ def run_classify(argv: list[str]) -> int:
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("files", metavar="FILE", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, metavar="FILE", help="a CSV of file, prediction and all probabilities")
+    add_on_bad(parser)
     add_conversions(parser)
     parser.add_argument("--runs", default="runs", help="where run folders are (default: runs)")
     args = parser.parse_args(argv)
@@ -49,14 +51,27 @@ def run_classify(argv: list[str]) -> int:
         )
     names = class_names(model)
     said: list[tuple[Path, Any]] = []
+    left = 0
     try:
         for path in args.files:
-            answer = predict_file(model, path, names, **conversions(args))
+            try:
+                answer = predict_file(model, path, names, **conversions(args))
+            except DataError as error:
+                if args.on_bad == "stop":
+                    hint = "; --on-bad skip leaves such out" if len(args.files) > 1 else ""
+                    raise CommandError(f"{error}{hint}", status=1) from error
+                left += 1
+                print(f"left out: {error}", file=sys.stderr, flush=True)
+                continue
             said.append((path, answer))
             cut = f" (of its first {answer.tokens:,} {model.modality.unit}s)" if answer.cut else ""
             print(f"{path}: {told(model, answer)}{cut}", flush=True)
-    except (DataError, ValueError) as error:
+    except ValueError as error:
         raise CommandError(str(error), status=1) from error
+    if left == len(args.files):
+        raise CommandError("none of these files can be read", status=1)
+    if left:
+        print(f"{left:,} of {len(args.files):,} files left out")
     if args.out is not None:
         try:
             _write(args.out, names, said, model)

@@ -16,6 +16,12 @@ def add_conversions(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--mono", action="store_true", help="mix a sound of several channels to one")
 
 
+def add_on_bad(parser: argparse.ArgumentParser) -> None:
+    """Give a command that reads many files the option of packing that leaves bad ones out."""
+    parser.add_argument("--on-bad", choices=("stop", "skip"), default="stop",
+                        help="a file that cannot be read: stop (default), or leave it out, name and count it")  # fmt: skip
+
+
 def conversions(args: argparse.Namespace) -> dict[str, Any]:
     """What was given of them, for :func:`mmlong.cli.raw_files.read_documents`."""
     return {"resample": args.resample, "mono": args.mono, "fit": args.fit}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmlong.cli.conversions import add_conversions, conversions
+from mmlong.cli.conversions import add_conversions, add_on_bad, conversions
 from mmlong.cli.errors import CommandError
 
 EPILOG = """\
@@ -41,6 +42,7 @@ def run_embed(argv: list[str]) -> int:
     parser.add_argument("--pool", help="mean, last or max over tokens (default: as the head does)")
     parser.add_argument("--tokens", action="store_true", help="a vector of each token, and not of the file (npz)")
     parser.add_argument("--segment", type=int, default=16384, help="tokens that a streaming model reads at a time")
+    add_on_bad(parser)
     add_conversions(parser)
     parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
     parser.add_argument("--runs", default="runs", help="where run folders are (default: runs)")
@@ -49,14 +51,19 @@ def run_embed(argv: list[str]) -> int:
 
     try:
         return _embed(args)
-    except (DataError, ValueError, ImportError) as error:
+    except DataError as error:
+        hint = "; --on-bad skip leaves such out" if len(args.files) > 1 else ""
+        raise CommandError(f"{error}{hint}", status=1) from error
+    except (ValueError, ImportError) as error:
         raise CommandError(str(error), status=1) from error
     except OSError as error:
         raise CommandError(f"{error.filename or args.out}: {error.strerror or error}", status=1) from error
 
 
 def _embed(args: argparse.Namespace) -> int:
+    from mmlong.cli.raw_files import read_documents
     from mmlong.cli.runs import saved_model
+    from mmlong.datamodules.errors import DataError
     from mmlong.embedding import check_pool, embed, embed_tokens
 
     if args.out.suffix not in SUFFIXES:
@@ -72,30 +79,39 @@ def _embed(args: argparse.Namespace) -> int:
         check_pool(model, args.pool)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[tuple[str, str]] = []
+    left: list[Path] = []
+
+    def vector(path: Path, name: str, pieces: Iterator[Any]) -> Any:
+        try:
+            if args.tokens:
+                found = embed_tokens(model, pieces, args.segment)
+            else:
+                found = embed(model, pieces, args.pool, args.segment)
+        except DataError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{path} {name}: {error}" if name != path.name else f"{path}: {error}") from error
+        return found.float().cpu().numpy()
 
     def vectors() -> Iterator[Any]:
-        for path, name, pieces in _documents(model.modality, args):
+        for path in args.files:
             try:
-                if args.tokens:
-                    found = embed_tokens(model, pieces, args.segment)
-                else:
-                    found = embed(model, pieces, args.pool, args.segment)
-            except ValueError as error:
-                raise ValueError(f"{path} {name}: {error}" if name != path.name else f"{path}: {error}") from error
-            rows.append((str(path), name))
-            yield found.float().cpu().numpy()
+                for name, pieces in read_documents(model.modality, path, **conversions(args)):
+                    found = vector(path, name, pieces)
+                    rows.append((str(path), name))
+                    yield found
+            except DataError as error:
+                if args.on_bad == "stop":
+                    raise
+                left.append(path)
+                print(f"left out: {error}", file=sys.stderr, flush=True)
+        if not rows:
+            raise ValueError("none of these files can be read")
 
     shape = write(args.out, vectors(), rows, args.tokens)
-    print(f"{len(rows):,} rows of {shape} by {folder}; in {args.out}")
+    told = f"; {len(left):,} of {len(args.files):,} files left out" if left else ""
+    print(f"{len(rows):,} rows of {shape} by {folder}; in {args.out}{told}")
     return 0
-
-
-def _documents(modality: Any, args: argparse.Namespace) -> Iterator[tuple[Path, str, Iterator[Any]]]:
-    from mmlong.cli.raw_files import read_documents
-
-    for path in args.files:
-        for name, pieces in read_documents(modality, path, **conversions(args)):
-            yield path, name, pieces
 
 
 def _npz(out: Path, vectors: Iterator[Any], rows: list[tuple[str, str]], tokens: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -23,7 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from mmlong.cli.errors import CommandError
 from mmlong.cli.predictions import PredictionWriter
-from mmlong.cli.runs import BEST, Resumed, command_line, new_run, resolve_checkpoint, tell_story
+from mmlong.cli.runs import BEST, STORY, Resumed, command_line, new_run, resolve_checkpoint, tell_story
 from mmlong.datamodules.errors import DataError
 from mmlong.measure import machine
 from mmlong.measure.checkout import commit
@@ -36,7 +37,7 @@ from mmlong.training.adapters import ADAPTER, save_adapter
 from mmlong.training.checkpoints import AtomicCheckpointIO, CheckpointWriteError, newest_whole, read_checkpoint, step_of
 from mmlong.training.finite import NonFiniteError, StopOnNaN
 from mmlong.training.meter import Meter, peak_memory
-from mmlong.training.metrics_csv import MetricsCSV, read_metrics
+from mmlong.training.metrics_csv import METRICS, MetricsCSV, read_metrics
 from mmlong.training.pictures import draw_curves
 from mmlong.training.progress import RunProgress, describe, duration
 from mmlong.training.resume import ResumeCheckpoint, RunStoppedError
@@ -221,8 +222,10 @@ class Engine:
         except SystemExit as done:  # --print_config
             return int(done.code or 0)
         except ArgumentError as error:
+            self._leave_nothing()
             raise CommandError(plain(str(error))) from error
         except (ValueError, TypeError, KeyError, MisconfigurationException) as error:
+            self._leave_nothing()
             raise self._known(error) from error
         try:
             return {"fit": self._fit, "validate": self._evaluate, "test": self._evaluate, "predict": self._predict}[
@@ -245,7 +248,28 @@ class Engine:
                 hint = f"The last good checkpoint is {newest}. {hint}; go on with: {self._go_on()} --model.optim.lr LR"
             raise CommandError(f"{error}.\n{hint}", status=1) from error
         except (*TOLD, ValueError, FileNotFoundError) as error:
+            if self.cli.trainer.global_step == 0:
+                self._leave_nothing()
             raise self._known(error) from error
+
+    @rank_zero_only
+    def _leave_nothing(self) -> None:
+        """Take back the folder of a run that failed before its first step: it would be the newest of its name, with nothing in it."""
+        if self.resumed is not None or self.run_dir == Path():
+            return
+        folder = self.run_dir / CHECKPOINTS
+        if not folder.is_dir() or any(folder.iterdir()):
+            return
+        for name in (CONFIG, STORY, METRICS):
+            (self.run_dir / name).unlink(missing_ok=True)
+        # What has anything else in it stays.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+            self.run_dir.rmdir()
+            for parent in self.run_dir.parents:
+                if not parent.is_relative_to(self.settings.runs) or parent == Path():
+                    break
+                parent.rmdir()
 
     def _known(self, error: BaseException) -> CommandError:
         """A short message for an error that says what is wrong; ``MMLONG_TRACEBACK=1`` shows where instead."""

@@ -76,10 +76,12 @@ def check_key(path: tuple[str, ...], tree: Tree, where: str) -> None:
 
 def _suggest(part: str, prefix: str, here: Tree, tree: Tree) -> str:
     dot = f"{prefix}." if prefix else ""
-    if close := difflib.get_close_matches(part, list(here), n=1, cutoff=0.6):
-        return f" (did you mean {dot + close[0]!r}?)"
     # The right word in the wrong place: `max_steps` for `trainer.max_steps`.
     everywhere = {key.rpartition(".")[2]: key for key in reversed(list(leaves(tree)))}
+    if part in everywhere:
+        return f" (did you mean {everywhere[part]!r}?)"
+    if close := difflib.get_close_matches(part, list(here), n=1, cutoff=0.6):
+        return f" (did you mean {dot + close[0]!r}?)"
     if close := difflib.get_close_matches(part, list(everywhere), n=1, cutoff=0.75):
         return f" (did you mean {everywhere[close[0]]!r}?)"
     return f"; {prefix or 'a recipe'} has: {', '.join(here)}"

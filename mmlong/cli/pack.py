@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmlong.cli.pack_kinds import KINDS, add_options, misplaced, option, sound_options
@@ -30,6 +32,18 @@ examples:
   mmlong pack torchaudio:SPEECHCOMMANDS packed/ --root DIR  the files that a torchaudio class lists
   mmlong pack --verify packed/                        read every byte, name what is not whole
 """
+
+RECIPES = {
+    ("image", True): "image/cells256",
+    ("image", False): "image/photo_ar",
+    ("audio", True): "audio/digits8k",
+    ("audio", False): "audio/mulaw_ar",
+    ("text", True): "text/news",
+    ("text", False): "text/stdlib_ar",
+    ("genome", True): "genome/binding200",
+    ("genome", False): "genome/chromosome_ar",
+}
+"""By modality, and whether there are labels, a recipe that takes such a dataset; docs/your_data.md has them all."""
 
 
 def add_pack_parser(parser: argparse.ArgumentParser) -> Mapping[str, list[argparse.Action]]:
@@ -59,7 +73,7 @@ def add_pack_parser(parser: argparse.ArgumentParser) -> Mapping[str, list[argpar
     parser.add_argument("--shard-size", type=_bytes, default=32 << 20, metavar="BYTES", help="e.g. 32M (default), 1G")
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset that is already there")
     parser.add_argument("--on-bad", choices=("stop", "skip"), default="stop",
-                        help="a sample that cannot be read: stop (default), or leave it out, name and count it")  # fmt: skip
+                        help="a sample that cannot be read: stop (default), or leave it out (its split is then smaller), name and count it")  # fmt: skip
     parser.add_argument("--source-path", metavar="PATH", help="files of a known source that comes in no package")
     parser.add_argument("--root", default=".", metavar="DIR", help="where torchvision's or torchaudio's files are")
     parser.add_argument("--option", action="append", type=option, metavar="KEY=VALUE", default=[],
@@ -69,14 +83,24 @@ def add_pack_parser(parser: argparse.ArgumentParser) -> Mapping[str, list[argpar
 
 def _bytes(text: str) -> int:
     unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:].upper(), 1)
-    return int(float(text if unit == 1 else text[:-1]) * unit)
+    try:
+        count = int(float(text if unit == 1 else text[:-1]) * unit)
+    except (ValueError, OverflowError):
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes, such as 32M or 1G")
+    return count
 
 
 def _split(text: str) -> tuple[str, float]:
     name, equals, amount = text.partition("=")
-    if not equals or name not in ("train", "val", "test"):
+    try:
+        number = float(amount)
+    except ValueError:
+        number = -1.0
+    if not equals or name not in ("train", "val", "test") or not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not like val=200 or test=0.1")
-    return name, float(amount)
+    return name, number
 
 
 def run_pack(argv: list[str]) -> int:
@@ -100,7 +124,14 @@ def run_pack(argv: list[str]) -> int:
             )
         wanted = 2 if args.kind in KINDS else 1
         if len(args.paths) != wanted:
-            parser.error(f"{args.kind} takes {'IN and OUT' if wanted == 2 else 'OUT'}, not {len(args.paths)} paths")
+            given = shlex.join(args.paths) or "nothing"
+            parser.error(
+                f"{args.kind} takes {'IN and OUT, what is to be packed and a folder to be made' if wanted == 2 else 'OUT, a folder to be made'}; given: {given}"
+            )
+        if wanted == 2 and Path(args.paths[0]).is_dir() and _within(*map(Path, args.paths)):
+            parser.error(
+                f"OUT, {args.paths[1]}, lies in IN, where it would be taken for data the next time; name a folder beside it"
+            )
         if fault := misplaced(args, options, modality):
             parser.error(fault)
 
@@ -115,6 +146,10 @@ def run_pack(argv: list[str]) -> int:
         return 1
 
 
+def _within(folder: Path, out: Path) -> bool:
+    return folder.resolve() in out.resolve().parents
+
+
 def _verify(folder: str) -> int:
     from mmlong.datamodules.packed import load_manifest, verify
     from mmlong.datamodules.progress import packing
@@ -124,7 +159,7 @@ def _verify(folder: str) -> int:
     for fault in faults:
         print(fault)
     if faults:
-        print(f"{folder}: not whole, {len(faults)} faults")
+        print(f"{folder}: not whole, {len(faults)} {'fault' if len(faults) == 1 else 'faults'}")
         return 1
     splits = load_manifest(folder)["splits"]
     counts = ", ".join(f"{name} {split['samples']:,}" for name, split in splits.items())
@@ -188,8 +223,9 @@ def _pack(args: argparse.Namespace) -> int:
 
     out = args.paths[-1]
     source, fixed = _source(args)
-    count = len(source.items) if isinstance(source, ImageSource) else len(source.records)
-    what = "images" if isinstance(source, ImageSource) else "documents"
+    # With those that will be refused, so that it is the number of files that a person counts.
+    count = len(source.items if isinstance(source, ImageSource) else source.records) + len(source.faults)
+    what = "images" if isinstance(source, ImageSource) else {"audio": "sounds"}.get(source.modality, "documents")
     print(f"{source.name}: {count:,} {what}; {source.source}\n  licence: {source.licence}")
     shared: dict[str, Any] = {
         "splits": dict(args.split) or fixed.pop("splits", None), "seed": args.seed, "shard_bytes": args.shard_size,
@@ -223,6 +259,8 @@ def _report(out: str, dataset: PackedDataset) -> None:
             print(line)
     if missing := [split for split in ("val", "test") if split not in manifest["splits"]]:
         print(f"  there is no {' and no '.join(missing)} split; --split {missing[0]}=N takes N samples for one")
+    if recipe := RECIPES.get((manifest["modality"], bool(manifest["labels"]))):
+        print(f"  to train on it: mmlong fit -c {recipe} --data.dataset {shlex.quote(out)}")
 
 
 def _thin(field: str, names: list[str], counts: dict[str, list[int]]) -> list[str]:

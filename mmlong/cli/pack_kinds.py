@@ -61,8 +61,11 @@ def _image_options(group: Parser) -> None:
 
 
 def _size(text: str) -> tuple[int, int]:
-    height, _, width = text.lower().partition("x")
-    return int(height), int(width or height)
+    height, x, width = text.lower().partition("x")
+    sides = (height, width) if x else (height, height)
+    if not all(side.isdecimal() and int(side) for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size in pixels, such as 256 or 128x256 (height x width)")
+    return int(sides[0]), int(sides[1])
 
 
 # text
@@ -179,7 +182,7 @@ def misplaced(args: argparse.Namespace, options: Mapping[str, list[argparse.Acti
     for other, actions in options.items():
         for action in actions:
             if other != modality and getattr(args, action.dest) != action.default:
-                return f"{action.option_strings[0]} is an option of {other}, and {args.kind} is {modality}"
+                return f"{action.option_strings[0]} is an option of {other}; what {args.kind} packs is of modality {modality}"
     return None
 
 

@@ -21,7 +21,9 @@ class PredictionWriter(BasePredictionWriter):
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the file."""
-        self.table = PredictionsCSV(self.folder, trainer.global_rank, trainer.world_size)
+        self.table = PredictionsCSV(
+            self.folder, trainer.global_rank, trainer.world_size, getattr(trainer, "datamodule", None)
+        )
 
     def write_on_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, prediction: dict[str, Any], batch_indices: Any, batch: Any,

@@ -38,6 +38,8 @@ def read_documents(
     """
     from mmlong.datamodules.errors import DataError
 
+    if path.is_dir():
+        raise DataError(path, f"is a folder; name the files in it, as {path}/*")
     if not path.is_file():
         raise DataError(path, "is missing")
     readers: dict[str, Callable[..., Iterator[tuple[str, Iterator[Tensor]]]]] = {

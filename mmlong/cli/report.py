@@ -88,18 +88,21 @@ def run_report(argv: list[str]) -> int:
 
 
 def _folder(what: str, root: Path) -> Path:
-    """The folder itself, or the newest of a recipe that holds anything of a run, finished or not."""
-    if Path(what).is_dir():
-        return Path(what)
-    named = root / what
-    found = (
-        sorted((p for p in named.iterdir() if (p / "config.yaml").is_file() or (p / STORY).is_file()), reverse=True)
-        if named.is_dir()
-        else []
-    )
+    """The folder itself, or the newest in it, or of a recipe, that holds anything of a run, finished or not."""
+    here = Path(what)
+    named = here if here.is_dir() else root / what
+    if here.is_dir() and _holds_run(here):
+        return here
+    found = sorted(filter(_holds_run, named.iterdir()), reverse=True) if named.is_dir() else []
+    if not found and here.is_dir():
+        return here
     if not found:
         raise CommandError(f"{what}: no such folder, and no run of a recipe of this name under {root}/")
     return found[0]
+
+
+def _holds_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() or (folder / STORY).is_file()
 
 
 def _influence(run: Any, args: argparse.Namespace) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 from mmlong.cli.errors import CommandError
 from mmlong.results import write_json
-from mmlong.runs import CHECKPOINTS, is_run, model_folder, runs_of
+from mmlong.runs import CHECKPOINTS, is_run, model_folder, names_of_runs, runs_in, runs_of
 
 BEST = "best.ckpt"
 STORY = "run.json"
@@ -73,19 +73,21 @@ def saved_autoregressive(what: str, root: Path) -> tuple[Any, Path]:
     return model, folder
 
 
-def resolve_run(what: str) -> Path | None:
-    """The run folder that ``--ckpt_path`` names or lies in, if it does, before any recipe is known."""
+def resolve_run(what: str, root: Path) -> Path | None:
+    """The run folder that ``--ckpt_path`` names or lies in, or the newest of that name, if there is one, before any recipe is known."""
     path = Path(what)
     if is_run(path):
         return path
-    return run_of(path) if path.is_file() else None
+    if path.is_file():
+        return run_of(path)
+    return next(iter(runs_in(path) or runs_of(what, root)), None)
 
 
 def resolve_checkpoint(what: str, recipe: str, root: Path) -> Resumed:
     """What ``--ckpt_path`` means.
 
     Args:
-        what: ``last`` or ``best`` of the recipe's newest run, a run folder (its last), or a file.
+        what: ``last`` or ``best`` of the recipe's newest run, a run folder (its last), a folder of runs or their name (the newest one's last), or a file.
         recipe: whose runs to look through.
         root: where the runs are.
 
@@ -99,18 +101,22 @@ def resolve_checkpoint(what: str, recipe: str, root: Path) -> Resumed:
     if what in ("last", "best"):
         runs = runs_of(recipe, root)
         if not runs:
+            others = names_of_runs(root)
+            called = f"; there are runs called {', '.join(others[:8])}: -c takes such a name too" if others else ""
             raise CommandError(
                 f"--ckpt_path {what}: no run of {recipe} with a checkpoint under {root / recipe}; "
-                f"start one with `mmlong fit -c {recipe}`"
+                f"start one with `mmlong fit -c {recipe}`{called}"
             )
         # A run that was stopped before its first checkpoint does not hide the one before it.
         run = runs[0]
-    elif Path(what).is_dir():
-        run = Path(what)
-        if not (run / CHECKPOINTS).is_dir():
-            raise CommandError(f"--ckpt_path {what}: no run folder (it has no {CHECKPOINTS}/)")
     elif Path(what).is_file():
         return Resumed(_whole(Path(what)), run_of(Path(what)))
+    elif (Path(what) / CHECKPOINTS).is_dir():
+        run = Path(what)
+    elif found := resolve_run(what, root):
+        run = found
+    elif Path(what).is_dir():
+        raise CommandError(f"--ckpt_path {what}: no run folder (it has no {CHECKPOINTS}/)")
     else:
         raise CommandError(f"--ckpt_path {what}: no such file or run folder ('last' means the newest run of {recipe})")
     if what == "best":

@@ -34,11 +34,18 @@ def run_save(argv: list[str]) -> int:
     parser.add_argument("--runs", default="runs", help="where run folders are (default: runs)")
     args = parser.parse_args(argv)
     from mmlong.models import load
+    from mmlong.models.saving import CONFIG_FILE, WEIGHTS_FILE
     from mmlong.runs import is_run, model_folder
 
     source = model_folder(args.run, args.runs)
     if source is not None and args.folder.resolve() == source.resolve():
         raise CommandError(f"{args.folder} is where the model lies already: name another folder")
+    # A README.md or config.json of something else would be written over.
+    there = {path.name for path in args.folder.iterdir() if path.name[0] != "."} if args.folder.is_dir() else set()
+    if there and (is_run(args.folder) or not {CONFIG_FILE, WEIGHTS_FILE} <= there):
+        raise CommandError(
+            f"{args.folder} has other files in it; name a folder that is empty, new, or of an earlier save"
+        )
     try:
         model = load(args.run, revision=args.revision, runs=args.runs)
         run = source if source is not None and is_run(source) else None

@@ -21,10 +21,12 @@ usage: mmlong {command} -c RECIPE [-c RECIPE ...] [--KEY VALUE ...]
 
 {what}
 
-  -c RECIPE           a YAML file, or the name of a packaged recipe; several are merged, the later wins
+  -c RECIPE           a YAML file, the name of a packaged recipe, or what runs are called (--recipe; the newest one's
+                      configuration); several are merged, the later wins
   --KEY VALUE         any key of the recipe, e.g. --trainer.max_steps 100, --data.batch_size 4,
                       --model.backbone.mixers=[s4d], --model.optim.lr 1e-3, --seed_everything 1
-  --ckpt_path WHICH   last or best (of the recipe's newest run), a run folder, or a checkpoint file{ckpt}
+  --data.dataset OUT  data of your own, packed by `mmlong pack KIND IN OUT`, in place of the recipe's
+  --ckpt_path WHICH   last or best (of the recipe's newest run), a run folder, what runs are called, or a checkpoint file{ckpt}
   --print_config      print every key with its value, and do nothing
 
 keys of a run
@@ -68,8 +70,15 @@ def run_training(command: str, argv: list[str]) -> int:
         return 0
     names, overrides = split_arguments(argv)
     checkpoint = _value_of("ckpt_path", overrides)
+    root = Path(_value_of("runs", overrides) or "runs")
+    names = [_config_of(name, root) for name in names]
     if not names:
-        run = resolve_run(checkpoint) if checkpoint else None
+        run = resolve_run(checkpoint, root) if checkpoint else None
+        if run is None and checkpoint not in (None, "last", "best"):
+            raise CommandError(
+                f"--ckpt_path {checkpoint}: neither a run folder, nor a file in one, nor what runs under {root}/ are called; "
+                "with a recipe (-c) it may also be a lone checkpoint file"
+            )
         if run is None:
             raise CommandError(
                 f"which recipe? e.g. mmlong {command} -c image/cells256; recipes: {', '.join(main_recipes())}"
@@ -86,6 +95,14 @@ def run_training(command: str, argv: list[str]) -> int:
     from mmlong.cli.engine import Engine
 
     return Engine(command, config, overrides, shown=["mmlong", command, *argv], recipes=recipes).run()
+
+
+def _config_of(name: str, root: Path) -> str:
+    """A recipe as it was named; of what is none, but what runs are called, or a run folder, the configuration of the newest."""
+    if Path(name).is_file() or name.removesuffix(".yaml") in packaged():
+        return name
+    run = resolve_run(name, root)
+    return name if run is None else str(run / CONFIG)
 
 
 def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -175,6 +192,10 @@ def check_config(config: dict[str, Any], overrides: list[str], names: str) -> No
         path = given.get(part) or given.get(f"{part}.class_path")
         if path is None and isinstance(entry, dict):
             path = entry.get("class_path")
+        if part in given and "." not in given[part]:
+            such = f", such as {entry['class_path']}" if isinstance(entry, dict) and "class_path" in entry else ""
+            hint = f"; a packed dataset is named by --data.dataset {given[part]}" if part == "data" else ""
+            raise CommandError(f"--{part} {given[part]}: {part} is a class{such}{hint}")
         if path is None:
             raise CommandError(f"{names} says nothing of `{part}`: it needs class_path and init_args")
         arguments = class_tree(_class(str(path), f"{part}.class_path in {names}"))
@@ -183,12 +204,12 @@ def check_config(config: dict[str, Any], overrides: list[str], names: str) -> No
     check_keys(config, tree, names)
     for key, _ in pairs(overrides):
         parts = tuple(key.removesuffix("+").split("."))
-        if parts[0] in ("model", "data") and len(parts) > 1 and parts[1] not in ("class_path", "init_args"):
+        if len(parts) > 1 and parts[1] in ("class_path", "init_args"):
+            check_key(parts, tree, "the command line")
+        else:
             # As the command line allows it: --model.optim.lr is model.init_args.optim.lr.
             short = {name: value for name, value in tree.items() if name not in ("model", "data")}
             check_key(parts, {**short, **{p: tree[p]["init_args"] for p in ("model", "data")}}, "the command line")
-        else:
-            check_key(parts, tree, "the command line")
 
 
 def _class(path: str, where: str) -> type:

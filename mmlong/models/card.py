@@ -123,11 +123,27 @@ def _what(model: Model) -> str:
     )
 
 
-def _use() -> str:
-    run = "tokens, layout = model.encode(raw)  # raw tensors of the modality\ny, state = model(tokens, None, layout)"
+def _use(model: Model) -> str:
+    run = f"tokens, layout = model.encode(raw)  # {_raw(model)}\ny, state = model(tokens, None, layout)"
+    if model.class_names and model.config["head"]["name"] in ("classify", "readout"):
+        run += "\nprint([model.class_names[number] for number in y.argmax(-1)])"
     return (
         "## Use\n\n```python\nimport mmlong\n\n"
         f'model = mmlong.load("FOLDER")  # this folder, or owner/name on the hub\n{run}\n```'
+    )
+
+
+def _raw(model: Model) -> str:
+    """What is given to ``encode``, in a few words."""
+    modality: Any = model.modality
+    if modality.kind == "image":
+        channels, height, width = modality.image
+        return f"uint8 (B, {channels}, {height}, {width})"
+    if modality.kind == "audio":
+        shape = "(B, T)" if modality.sound_channels == 1 else f"(B, {modality.sound_channels}, T)"
+        return f"float32 {shape}, full scale at -1 and 1, {modality.rate:,} Hz"
+    return {"text": "uint8 (B, T), bytes", "genome": "uint8 (B, T), letters as ASCII"}.get(
+        modality.kind, "raw tensors of the modality"
     )
 
 

@@ -36,6 +36,7 @@ class Sample:
         truth, prediction: names of classes; empty where there are none.
         probability: of the prediction, or not a number.
         index: id of the sample in the test split; ``None`` for what a model made.
+        source: the file or record that the sample was packed from, where that is known.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class Sample:
     prediction: str = ""
     probability: float = math.nan
     index: int | None = None
+    source: str = ""
 
 
 @dataclass
@@ -235,7 +237,9 @@ def _examples(run: Run) -> list[Sample]:
         except (ValueError, TypeError, KeyError):
             run.missing.append(f"examples/examples.csv is damaged in the row of {name}")
             continue
-        samples.append(Sample(folder / name, row.get("truth") or "", row.get("prediction") or "", probability, index))
+        samples.append(
+            Sample(folder / name, row.get("truth") or "", row.get("prediction") or "", probability, index, row.get("source") or "")
+        )  # fmt: skip
     return samples
 
 

@@ -102,6 +102,8 @@ def gallery(samples: Sequence[Sample], what: str, budget: Budget) -> Markup | No
     items = []
     for place, sample in enumerate(samples):
         named = f"{what} {place + 1 if sample.index is None else sample.index}"
+        if sample.source:
+            named += f", {sample.source}"
         said = _said(sample)
         element = shown(sample, ": ".join([named, *said]), budget)
         if element is None:

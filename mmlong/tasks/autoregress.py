@@ -43,9 +43,15 @@ def check_rows(model: torch.nn.Module) -> None:
     if modality.kind != "image" or not widths:
         return
     row = modality.tokens_per_sample() // modality.size[0]
+    each = row // modality.size[1]  # tokens a pixel: three where every channel is one
     for width in widths - {row}:
+        how = (
+            f"with a --size of {width // each} columns"
+            if width % each == 0
+            else f"with --grey and a --size of {width} columns"
+        )
         raise ValueError(
-            f"masked_conv2d has width {width}, and a row of these pictures is {row} tokens: pack them with a --size of {width} columns, "
+            f"masked_conv2d has width {width}, and a row of these pictures is {row} tokens: pack them {how}, "
             f"or set width: {row} in model.backbone.mixers (and model.linear_prediction, where there is one, to offsets of such rows)"
         )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmlong.tasks.examples import Example, write_examples
 from mmlong.training.pictures import draw_confusion, draw_predictions
-from mmlong.training.predictions_csv import PredictionsCSV
+from mmlong.training.predictions_csv import PredictionsCSV, namer
 
 SHOWN = 24
 Kept = tuple[Tensor, int, int, int, float]
@@ -68,7 +68,8 @@ class ClassifyReport(pl.Callback):
     def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Write and draw."""
         folder = Path(self.folder or trainer.default_root_dir)
-        table = PredictionsCSV(folder, trainer.global_rank, trainer.world_size)
+        data = getattr(trainer, "datamodule", None)
+        table = PredictionsCSV(folder, trainer.global_rank, trainer.world_size, data)
         for index, labels, probabilities in pl_module.test_rows:
             table.add(pl_module.prediction_rows({"index": index, "label": labels, "probability": probabilities}))
         table.close()
@@ -80,9 +81,13 @@ class ClassifyReport(pl.Callback):
         title = f"{right} of {total} right ({right / max(total, 1):.1%})"
         draw_confusion(matrix.numpy(), names, folder / "confusion.png", title)
         shown = (self._wrong + self._right)[:SHOWN]
+        name = namer(data) or (lambda index: "")
         write_examples(
             pl_module.model.modality,
-            [Example(raw, index, names[true], names[guess], f"{sure:.6f}") for raw, index, true, guess, sure in shown],
+            [
+                Example(raw, index, names[true], names[guess], f"{sure:.6f}", name(index))
+                for raw, index, true, guess, sure in shown
+            ],
             folder,
         )
         if shown and pl_module.model.modality.kind == "image":  # a sheet is of images

@@ -16,7 +16,7 @@ from mmlong.samples import WRITERS, write_samples
 
 FOLDER = "examples"
 TABLE = "examples.csv"
-COLUMNS = ("file", "index", "truth", "prediction", "probability")
+COLUMNS = ("file", "index", "truth", "prediction", "probability", "source")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Example:
         index: its id in the split.
         truth, prediction: names of classes; empty where there are none.
         probability: of the prediction, as written.
+        source: the file or record that it was packed from, where that is known.
     """
 
     raw: Tensor
@@ -35,6 +36,7 @@ class Example:
     truth: str = ""
     prediction: str = ""
     probability: str = ""
+    source: str = ""
 
 
 def write_examples(modality: Modality, examples: Sequence[Example], run: Path) -> bool:
@@ -53,7 +55,9 @@ def write_examples(modality: Modality, examples: Sequence[Example], run: Path) -
         table.writerow(COLUMNS)
         for number, example in enumerate(examples):
             (path,) = write_samples(modality, example.raw[None], unfinished, f"{number:02d}")
-            table.writerow([path.name, example.index, example.truth, example.prediction, example.probability])
+            table.writerow(
+                [path.name, example.index, example.truth, example.prediction, example.probability, example.source]
+            )
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(unfinished, folder)
     return True

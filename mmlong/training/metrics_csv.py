@@ -12,6 +12,8 @@ import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+METRICS = "metrics.csv"
+
 
 class MetricsCSV(Logger):
     """``metrics.csv``: one row a step that logged something; columns are added as metrics appear.
@@ -22,7 +24,7 @@ class MetricsCSV(Logger):
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
-        self.path = Path(folder) / "metrics.csv"
+        self.path = Path(folder) / METRICS
         self.columns: list[str] = []
         self.rows: list[dict[str, str]] = read_metrics(self.path) if self.path.is_file() else []
         for row in self.rows:

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+
+def namer(data: Any) -> Callable[[int], str] | None:
+    """Of a datamodule that knows them, the names of the files or records that test samples were packed from, by the sample's id; else ``None``."""
+    name = getattr(data, "sample_name", None)
+    return None if name is None else partial(name, "test")
 
 
 class PredictionsCSV:
     """Rows that are written as they come; the file has its name only when it is complete.
 
-    The first row's keys are the columns. With several ranks each writes its own ``predictions.rankN.csv``.
+    The first row's keys are the columns; where the data know it, the last is ``source``, the file or record that the sample was packed from. With several ranks each writes its own ``predictions.rankN.csv``.
 
     Args:
         folder: of the run.
         rank, ranks: which of how many processes this is.
+        data: what the samples are of; ``None``: it is not known.
     """
 
-    def __init__(self, folder: Path, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(self, folder: Path, rank: int = 0, ranks: int = 1, data: Any = None) -> None:
+        self._name = namer(data)
         self.path = folder / ("predictions.csv" if ranks == 1 else f"predictions.rank{rank}.csv")
         self.rows = 0
         folder.mkdir(parents=True, exist_ok=True)
@@ -30,6 +39,8 @@ class PredictionsCSV:
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Append rows."""
         for row in rows:
+            if self._name is not None:
+                row = {**row, "source": self._name(row["index"])}
             if self._writer is None:
                 self._writer = csv.DictWriter(self._file, list(row))
                 self._writer.writeheader()
