@@ -128,7 +128,7 @@ def read_sound(source: Path | bytes, name: str | Path) -> Sound:
             promised, rate, subtype, log = file.frames, file.samplerate, file.subtype, file.extra_info
             wave = file.read(dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).replace(repr(source), "the file").rstrip(": ")
+        reason = re.sub(r"^Error opening <.*?>: ", "", str(error)).rstrip(".: ")  # of bytes, and not of a file
         raise BadSampleError(name, f"cannot be read as a sound, or is cut short ({reason})") from error
     for short, whole in _shortfalls(log, promised, len(wave)):
         raise BadSampleError(

@@ -311,10 +311,29 @@ class DatasetWriter:
 
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold the right to create ``folder``; a second process waits here. Freed by the system if the process dies."""
-    with open(folder.parent / f".{folder.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    """Hold the right to create ``folder``; a second process waits here. Freed by the system if the process dies.
+
+    The lock's file lies beside the folder, and only as long as somebody holds it.
+    """
+    path = folder.parent / f".{folder.name}.lock"
+    while True:
+        with open(path, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _lies_at(lock.fileno(), path):
+                continue  # who held it took the file away, and a third process may hold another of its name
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _lies_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one that has this name now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def file_sha256(path: Path) -> str:

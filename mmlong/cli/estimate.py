@@ -316,6 +316,10 @@ def _told(report: dict[str, Any]) -> str:
             f"time         {_seconds(seconds['step'])} at least on {device['name']}: {report['tokens'] / seconds['step']:,.0f} tokens a second (roofline)"
         )
         lines += [f"  {_seconds(value):>10}  {what}" for what, value in seconds.items() if what != "step" and value]
+    else:
+        lines.append(
+            "time         of which machine? --device here measures this one; or --device h100, ...; --check runs a step"
+        )
     if "measured" in report:
         m = report["measured"]
         lines += [

@@ -61,7 +61,9 @@ def _finals(runs: Sequence[Run], letters: Sequence[str]) -> Markup:
         cells = []
         for run in runs:
             steps, values = column(run.metrics, name)
-            cells.append(f"{measured(name.removeprefix('val/'), values[-1])} (step {steps[-1]:,})" if values else "—")
+            cells.append(
+                f"{measured(name.removeprefix('val/'), values[-1])} (after step {steps[-1] + 1:,})" if values else "—"
+            )
         rows.append([f"last validation {title_of(name.removeprefix('val/'))}", *cells])
     for key, name, say in (
         ("steps", "steps", number), ("tokens", "tokens trained on", number), ("train_seconds", "training", duration), ("train_cpu_seconds", "CPU time", duration),

@@ -97,8 +97,8 @@ def spans(rows: Sequence[dict[str, str]]) -> list[list[Any]]:
         steps, values = column(list(rows), name)
         least, most = min(range(len(values)), key=values.__getitem__), max(range(len(values)), key=values.__getitem__)
         found.append([
-            title_of(name.removeprefix("val/")), f"{number(values[-1])} (step {steps[-1]:,})", f"{number(values[least])} (step {steps[least]:,})",
-            f"{number(values[most])} (step {steps[most]:,})",
+            title_of(name.removeprefix("val/")), f"{number(values[-1])} (after step {steps[-1] + 1:,})", f"{number(values[least])} (after step {steps[least] + 1:,})",
+            f"{number(values[most])} (after step {steps[most] + 1:,})",
         ])  # fmt: skip
     return found
 

@@ -121,3 +121,8 @@ def test_work_that_depends_on_values(capsys: pytest.CaptureFixture[str], options
     """Of a recipe, and the report says what was supposed."""
     assert run_estimate([*SMALL, *options, "--model.segment", "32", "--length", "64"]) == 0
     assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_without_a_device_it_says_how_to_ask_for_the_time(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_estimate(SMALL) == 0
+    assert "--device here measures this one" in capsys.readouterr().out

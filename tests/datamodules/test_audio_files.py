@@ -185,3 +185,11 @@ def test_an_empty_file_is_called_so(tmp_path: Path) -> None:
     for read in (lambda: survey(tmp_path / "e.wav", "e.wav"), lambda: read_sound(tmp_path / "e.wav", "e.wav")):
         with pytest.raises(BadSampleError, match="is an empty file"):
             read()
+
+
+def test_what_is_no_sound_is_told_without_addresses(tmp_path: Path) -> None:
+    file = tmp_path / "list.txt"
+    file.write_text("one\n" * 40)
+    with pytest.raises(BadSampleError) as refused:
+        read_sound(file, file)
+    assert refused.value.reason == "cannot be read as a sound, or is cut short (Format not recognised)"

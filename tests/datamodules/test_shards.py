@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import tarfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from mmlong.datamodules import shards
 from mmlong.datamodules.errors import BadSampleError, BadShardError, DataError, PackError
 from mmlong.datamodules.indexed import MAX_OPEN, IndexedReader
 from mmlong.datamodules.packed import PackedDataset, verify
-from mmlong.datamodules.shards import DatasetWriter, why_refused
+from mmlong.datamodules.shards import DatasetWriter, folder_lock, why_refused
 
 ABOUT: dict[str, Any] = {"modality": "image", "labels": {"label": ["a", "b"]}, "default_label": "label"}
 
@@ -84,7 +85,7 @@ def test_packing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def leftovers(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
+    return sorted(path.name for path in folder.iterdir())
 
 
 class FullDisk:
@@ -366,3 +367,26 @@ def test_reader_survives_fork_and_many_shards(tmp_path: Path) -> None:
     assert clone.read(1, "png") == expected[1]
     reader.close()
     clone.close()
+
+
+def test_one_at_a_time_makes_a_folder_and_no_lock_is_left(tmp_path: Path) -> None:
+    inside, most = 0, 0
+
+    def enter() -> None:
+        nonlocal inside, most
+        for _ in range(40):
+            with folder_lock(tmp_path / "made"):
+                inside += 1
+                most = max(most, inside)
+                time.sleep(0)
+                inside -= 1
+
+    threads = [threading.Thread(target=enter) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (inside, most) == (0, 1)
+    with pytest.raises(RuntimeError, match="broke off"), folder_lock(tmp_path / "made"):
+        raise RuntimeError("broke off")
+    assert leftovers(tmp_path) == []
