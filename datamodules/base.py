@@ -234,7 +234,11 @@ class PackedDataModule(pl.LightningDataModule):
                 self.dataset.split(split)
 
     def sample_name(self, split: str, sample: int) -> str:
-        """What a sample was packed from, as its source calls it: a file in its folder, a record; empty where nothing was noted.
+        """What a sample was made of, as its source calls it: a file in its folder, a record; empty where that is not one thing, or was not noted."""
+        return ""
+
+    def packed_name(self, split: str, sample: int) -> str:
+        """`sample_name` of the packed dataset: what packing wrote beside the sample.
 
         Raises:
             DataError: no such split, or the sample is damaged.

@@ -84,6 +84,10 @@ class ImageDataModule(PackedDataModule):
         """Size and channels."""
         return {"size": list(self.size), "channels": self.channels}
 
+    def sample_name(self, split: str, sample: int) -> str:
+        """The file or record that a sample was packed from."""
+        return self.packed_name(split, sample)
+
     def samples(self, split: str, train: bool) -> ImageSamples:
         """The images of a split, one at a time or as batches."""
         return ImageSamples(self.dataset, split, self.label, self.augment if train else None, self.on_bad, self.cache)

@@ -42,16 +42,12 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        if not Path(folder).exists():
-            raise BadShardError(
-                folder,
-                "no such folder; `mmlong pack KIND IN OUT` makes a packed dataset, OUT (KIND: image, audio, text, ...)",
-            )
         if Path(folder).is_dir() and any(Path(folder).iterdir()):
             do = f"files of your own become one by `mmlong pack KIND {shlex.quote(str(folder))} OUT`, and OUT is what is to be named"
         else:
             do = "`mmlong pack KIND IN OUT` makes one (KIND: image, audio, text, ...)"
-        raise BadShardError(folder, f"is not a packed dataset (no {MANIFEST}); {do}")
+        why = f"no {MANIFEST}" if Path(folder).exists() else "there is no such folder"
+        raise BadShardError(folder, f"is not a packed dataset ({why}); {do}")
     try:
         manifest = json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -138,6 +138,10 @@ class SequenceDataModule(PackedDataModule):
         """``(N,)`` tokens of each document of a split, as the codec makes them."""
         return document_lengths(self.dataset.split(split))
 
+    def sample_name(self, split: str, sample: int) -> str:
+        """The file or record that a sample was packed from; empty of rows of a stream, which have something of several."""
+        return self.packed_name(split, sample) if self.windows == "whole" else ""
+
     def samples(self, split: str, train: bool) -> SequenceSamples:
         """The samples of a split, one at a time or as batches."""
         slots = self.batch_size * self._ranks()[1] if self.carry and train else None

@@ -42,7 +42,7 @@ def model_card(model: Model, run: str | Path | None = None, license: str | None 
     """
     summary, config = ({}, {}) if run is None else _read(Path(run))
     title = str(summary.get("recipe") or config.get("recipe") or "A model of mmlong")
-    parts = [_head(model, license), f"# {title}", _what(model), _use()]
+    parts = [_head(model, license), f"# {title}", _what(model), _use(model)]
     if run is not None:
         parts += [_training(summary, config), _data(summary, config), _results(summary, config), _machine(summary)]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -39,8 +39,11 @@ class PredictionsCSV:
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Append rows."""
         for row in rows:
+            source = "" if self._name is None else self._name(row["index"])
+            if self._writer is None and not source:
+                self._name = None
             if self._name is not None:
-                row = {**row, "source": self._name(row["index"])}
+                row = {**row, "source": source}
             if self._writer is None:
                 self._writer = csv.DictWriter(self._file, list(row))
                 self._writer.writeheader()

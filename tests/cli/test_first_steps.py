@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from mmlong.datamodules.text import TextDataModule
 from PIL import Image
 
 import mmlong as library
-from mmlong.cli.train import split_arguments
+from mmlong.cli.runs import resolve_checkpoint, resolve_run
 
 Call = Callable[..., tuple[int, str]]
 
@@ -78,7 +79,7 @@ def test_folders_of_packing(mmlong: Call, capfd: pytest.CaptureFixture[str], pic
     assert (status, "the splits (test=100) ask for 100 of 10 samples; ask for fewer" in said) == (1, True)
     status, said = mmlong("pack", "--verify", "nowhere")
     assert status == 1
-    assert "nowhere: no such folder" in said
+    assert "nowhere: is not a packed dataset (there is no such folder)" in said
     assert "not whole, 1 fault\n" in said
 
 
@@ -145,13 +146,13 @@ def test_runs_are_named_as_they_are_called(mmlong: Call, recipe: str) -> None:
     status, said = mmlong("fit", "-c", recipe, "--recipe", "my/kinds", "--trainer.max_steps=2")
     assert status == 0, said
     (run,) = Path("runs/my/kinds").iterdir()
-    assert "kinds" not in split_arguments("fit", ["-c", "my/kinds"])[1]
-    for words in (("-c", "my/kinds", "--ckpt_path", "last"), ("--ckpt_path", "my/kinds"), ("--ckpt_path", "runs/my/kinds"),
-                  ("-c", "my/kinds", "--ckpt_path", "my/kinds")):  # fmt: skip
-        status, said = mmlong("test", *words)
-        assert status == 0, said
-        assert "my/kinds: test accuracy" in said
-        assert f"see {run}" in said
+    status, said = mmlong("test", "-c", "my/kinds", "--ckpt_path", "runs/my/kinds")
+    assert status == 0, said
+    assert "my/kinds: test accuracy" in said
+    assert f"see {run}" in said
+    for what in ("last", "my/kinds", "runs/my/kinds", str(run)):
+        assert resolve_checkpoint(what, "my/kinds", Path("runs")).run == run
+        assert what == "last" or resolve_run(what, Path("runs")) == run
     status, said = mmlong("fit", "-c", "my/kinds", "--ckpt_path", "last", "--trainer.max_steps", "3")
     assert status == 0, said
     assert f"going on from {run / 'checkpoints' / 'step=2.ckpt'}" in said
@@ -190,6 +191,15 @@ def test_which_file_a_prediction_is_of(mmlong: Call, recipe: str) -> None:
     assert mmlong("report", "noise")[0] == 0
     page = (run / "report.html").read_text()
     assert all(f", {source}" in page for source in list(shown.values())[:3])
+
+
+def test_rows_of_a_stream_are_of_no_one_file(mmlong: Call, pictures: Path) -> None:
+    assert mmlong("pack", "text", "mine", "texts", "--unlabelled")[0] == 0
+    whole, stream = TextDataModule("texts"), TextDataModule("texts", windows="stream", length=16)
+    names = {whole.sample_name("train", number) for number in range(9)}
+    assert len(names) == 9
+    assert all(Path("mine", name).is_file() or Path(name).is_file() for name in names)
+    assert stream.sample_name("train", 0) == ""
 
 
 # what a trained model is used for
