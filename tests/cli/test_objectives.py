@@ -74,5 +74,5 @@ def test_embeddings_are_trained_and_written(mmlong: Call, recipe: str) -> None:
     with open(run / "predictions.csv") as file:
         rows = list(csv.DictReader(file))
     assert sorted(int(row["index"]) for row in rows) == list(range(21))
-    assert list(rows[0]) == ["index", *(f"value{n}" for n in range(8))]
+    assert list(rows[0]) == ["index", *(f"value{n}" for n in range(8)), "source"]
     assert all(float(value) == pytest.approx(float(value)) for value in rows[0].values())
