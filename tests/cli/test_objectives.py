@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -75,4 +76,5 @@ def test_embeddings_are_trained_and_written(mmlong: Call, recipe: str) -> None:
         rows = list(csv.DictReader(file))
     assert sorted(int(row["index"]) for row in rows) == list(range(21))
     assert list(rows[0]) == ["index", *(f"value{n}" for n in range(8)), "source"]
-    assert all(float(value) == pytest.approx(float(value)) for value in rows[0].values())
+    assert all(math.isfinite(float(rows[0][f"value{n}"])) for n in range(8))
+    assert rows[0]["source"].startswith("made/")
