@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import csv
-import math
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
