@@ -60,10 +60,11 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dims", default="64", help="widths, by commas (default 64)")
     parser.add_argument("--depth", type=int, default=2, help="blocks (default 2)")
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of training steps (default 1)")
+    parser.add_argument("--lr", type=float, help="peak learning rate (default: the task's, chosen at a width of 64; wider models may want less)")  # fmt: skip
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 for its own choice")
     options = parser.parse_args(argv)
-    if options.seeds < 1 or options.depth < 1 or options.scale <= 0:
-        raise CommandError("--seeds and --depth are at least 1, and --scale is positive")
+    if options.seeds < 1 or options.depth < 1 or options.scale <= 0 or (options.lr is not None and options.lr <= 0):
+        raise CommandError("--seeds and --depth are at least 1, and --scale and --lr are positive")
     return options
 
 
@@ -87,7 +88,7 @@ def _learn_all(options: argparse.Namespace, findings: Any, console: Console) -> 
         raise CommandError(f"--dims {options.dims!r} are no widths like 32,64") from None
     mixers = [mixer for text in options.mixers for mixer in mixers_of(text, list_mixers(causal=True))]
     settings = [
-        Setting(mixer, probe, dim, options.depth, seed, options.scale)
+        Setting(mixer, probe, dim, options.depth, seed, options.scale, options.lr)
         for mixer in mixers for dim in dims for probe in probes for seed in range(options.seeds)
     ]  # fmt: skip
     missing = [s for s in settings if s.key not in findings.cells]

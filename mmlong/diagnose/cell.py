@@ -36,6 +36,7 @@ class Setting:
         dim, depth: of the backbone, whose blocks have a SwiGLU of twice the width.
         seed: of weights and sequences.
         scale: of the probe's number of steps.
+        lr: peak learning rate; ``None`` for the probe's, which was chosen at a width of 64.
     """
 
     mixer: Any
@@ -44,6 +45,7 @@ class Setting:
     depth: int = 2
     seed: int = 0
     scale: float = 1.0
+    lr: float | None = None
 
     @property
     def name(self) -> str:
@@ -56,7 +58,8 @@ class Setting:
     @property
     def key(self) -> str:
         """What tells cells apart."""
-        return f"{self.name} / {self.probe} / {self.dim} x {self.depth} / {self.scale:g} / seed {self.seed}"
+        rate = "" if self.lr is None else f" / lr {self.lr:g}"
+        return f"{self.name} / {self.probe} / {self.dim} x {self.depth} / {self.scale:g}{rate} / seed {self.seed}"
 
 
 @dataclass
@@ -158,7 +161,11 @@ def learn_model(setting: Setting, told: Callable[[int, int, float], None] | None
     model = probe_model(setting)
     cell = Cell(setting, parameters=sum(p.numel() for p in model.parameters()))
     steps = max(1, round(probe.steps * setting.scale))
-    config = OptimConfig(lr=probe.lr, weight_decay=probe.weight_decay, warmup=min(50, steps // 5 + 1))
+    config = OptimConfig(
+        lr=probe.lr if setting.lr is None else setting.lr,
+        weight_decay=probe.weight_decay,
+        warmup=min(50, steps // 5 + 1),
+    )
     optimizer, schedule = build_optimizer(model, config, steps)
     rng = np.random.default_rng([setting.seed, 0])
     looked = 0.0

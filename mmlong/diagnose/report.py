@@ -28,24 +28,27 @@ class Row(NamedTuple):
         mixer: with its options.
         dim, depth: of the backbone.
         scale: of the probe's number of steps.
+        lr: learning rate; ``None`` for the probe's.
     """
 
     mixer: str
     dim: int
     depth: int
     scale: float
+    lr: float | None
 
     @classmethod
     def of(cls, setting: Setting) -> Row:
         """The row that a setting belongs to."""
-        return cls(setting.name, setting.dim, setting.depth, setting.scale)
+        return cls(setting.name, setting.dim, setting.depth, setting.scale, setting.lr)
 
     @property
     def label(self) -> str:
-        """The mixer, and how deep it was and how long it was trained, where not as usual."""
+        """The mixer, and how deep it was, how long and how fast it was trained, where not as usual."""
         deep = "" if self.depth == Setting.depth else f", depth {self.depth}"
         long = "" if self.scale == Setting.scale else f", {self.scale:g} x the steps"
-        return self.mixer + deep + long
+        rate = "" if self.lr is None else f", lr {self.lr:g}"
+        return self.mixer + deep + long + rate
 
 
 @dataclass
@@ -97,11 +100,12 @@ class Findings:
         ]
 
     def mean(self, mixer: str, probe: str, test: str) -> float | None:
-        """Over seeds, at the greatest width, depth and number of steps that were tried; ``None``: not measured."""
+        """Over seeds, at the greatest width that was tried and there the best of depths, lengths of training and learning rates, as those who publish such figures search for them; ``None``: not measured."""
         settings = [cell.setting for cell in self.cells.values()]
-        rows = [Row.of(one) for one in settings if one.name == mixer and one.probe == probe]
-        found = self.accuracies(max(rows, key=lambda row: row[1:]), probe, test) if rows else []
-        return sum(found) / len(found) if found else None
+        rows = {Row.of(one) for one in settings if one.name == mixer and one.probe == probe}
+        widest = [row for row in rows if row.dim == max(row.dim for row in rows)]
+        found = [self.accuracies(row, probe, test) for row in widest]
+        return max((sum(one) / len(one) for one in found if one), default=None)
 
     def rows(self) -> list[Row]:
         """In order."""

@@ -119,7 +119,9 @@ def test_findings_are_kept(tmp_path: Path) -> None:
     assert "| mamba2 | 64 | 60 ±10 | 50 |" in markdown(findings), "of what was trained otherwise nothing is mixed in"
     assert "| mamba2, 2 x the steps | 64 | 90 | 50 |" in markdown(findings)
     assert "| mamba2, depth 4 | 64 | 80 | 50 |" in markdown(findings)
-    assert findings.mean("mamba2", "parity", "40") == 0.8, "of the deepest of the widest"
+    findings.add(Cell(Setting("mamba2", "parity", 64, lr=1e-3), {"40": 0.7, "256": 0.6}))
+    assert "| mamba2, lr 0.001 | 64 | 70 | 60 |" in markdown(findings)
+    assert [findings.mean("mamba2", "parity", test) for test in ("40", "256")] == [0.9, 0.6], "the best of the widest"
     plot(again, tmp_path / "found.png")
     assert (tmp_path / "found.png").stat().st_size > 1000
     assert [holds for _, holds in again.published()] == [True], "mamba2 is not expected to solve parity"
