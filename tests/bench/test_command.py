@@ -180,7 +180,7 @@ def test_wrong_commands(jobs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("models --model.backbone.depth 3", "--model.backbone.depth is a key of a recipe"),
         ("stream --option window=3 mamba2", "has no option 'window'"),
         (f"show {tmp_path / 'none.json'}", "cannot be read"),
-        (f"show {tmp_path / 'r.json'}", "is no report of mmlong bench"),
+        (f"show {tmp_path / 'r.json'}", "holds no report of mmlong bench"),
     ):
         with pytest.raises(CommandError, match=message):
             run_bench(words(wrong))
