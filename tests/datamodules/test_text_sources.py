@@ -285,7 +285,7 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert run_pack([*args, "--on-bad", "skip"]) == 0
     assert "skipped: 1 (named in" in capsys.readouterr().out
     for wrong, message in (
-        (["text", "a", "b", "--size", "3"], "--size is an option of image, and text is text"),
+        (["text", "a", "b", "--size", "3"], "--size is an option of image; what text packs is of modality text"),
         (["txt", "a", "b"], "unknown KIND 'txt' (did you mean 'text'?); it can be image, text, jsonl"),
         (["text", "a"], "text takes IN and OUT, not 1 paths"),
         (["bible", "a", "b"], "bible takes OUT, not 2 paths"),
