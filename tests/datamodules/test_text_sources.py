@@ -287,8 +287,8 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     for wrong, message in (
         (["text", "a", "b", "--size", "3"], "--size is an option of image; what text packs is of modality text"),
         (["txt", "a", "b"], "unknown KIND 'txt' (did you mean 'text'?); it can be image, text, jsonl"),
-        (["text", "a"], "text takes IN and OUT, not 1 paths"),
-        (["bible", "a", "b"], "bible takes OUT, not 2 paths"),
+        (["text", "a"], "text takes IN and OUT, what is to be packed and a folder to be made; given: a"),
+        (["bible", "a", "b"], "bible takes OUT, a folder to be made; given: a b"),
     ):
         with pytest.raises(SystemExit):
             run_pack(wrong)
