@@ -89,6 +89,13 @@ SUBJECTS: dict[str, Subject] = {
                     {"name": "mamba2", "expand": 1},
                 ],
             },
+            "hnet, Mamba-2 alone outside": {
+                "model.backbone.parts": [
+                    {"name": "mamba2", "ffn": "none"},
+                    {"dynamic": 6, "dim": 256, "parts": [{**_WIDE, "repeat": 2}]},
+                    {"name": "mamba2", "ffn": "none"},
+                ],
+            },
         },
         {"model.samples": 0},
     ),

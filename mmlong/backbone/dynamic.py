@@ -79,12 +79,12 @@ class DynamicLevel(Part):
         else:
             tail, open_chunk, before = state["tail"], state["chunk"], state["inner"]
         place = Place.of(state, B)
-        first = document_index(place.each(x.device), L, layout) == 0
+        first = self._first(place, x, layout)
         p = self.chances(x, tail, first)
         starts = p >= 0.5
         chunks = begun_at(starts, layout, 1 / self.ratio)
         self._own_loss(p, starts, layout)
-        s, inner = x.new_zeros(B, 0, wide, dtype=dtype), before
+        inner = before
         if chunks.count:
             taken = chunks.take(x)
             taken = torch.cat([taken, self.wider.to(x.dtype).expand(B, chunks.count, -1)], -1)
@@ -92,24 +92,36 @@ class DynamicLevel(Part):
             sure = chunks.take(p[..., None])
             with torch.autocast(x.device.type, enabled=False):
                 s, _ = scan((1 - sure).expand(-1, -1, wide), sure * c.to(dtype), open_chunk, chunks.layout)
-        certain = torch.where(starts, p, 1 - p)
-        # 1, with the gradient of how certain it was.
-        through = certain + (1 - certain).detach()
-        found = chunks.give(s, open_chunk)[..., :D] * through[..., None]
+            found, open_chunk = chunks.give(s, open_chunk)[..., :D], chunks.last(s, open_chunk)
+        else:
+            # As most tokens that are drawn: all are of the chunk that was open.
+            found = open_chunk[:, None, :D].expand(-1, L, -1)
+        if p.requires_grad:
+            certain = torch.where(starts, p, 1 - p)
+            # 1, with the gradient of how certain it was.
+            found = found * (certain + (1 - certain).detach())[..., None]
         y = self.residual(x) + found.to(x.dtype)
         if not self.streaming:
             return y, None
-        after = {"tail": tail_after(x, tail, layout), "inner": inner, "chunk": chunks.last(s, open_chunk)}
+        after = {"tail": tail_after(x, tail, layout), "inner": inner, "chunk": open_chunk}
         return y, {**after, **place.after(x, layout, 1)}
 
-    def chances(self, x: Tensor, tail: Tensor, first: Tensor) -> Tensor:
+    @staticmethod
+    def _first(place: Place, x: Tensor, layout: Layout | None) -> Tensor | None:
+        """Where a document begins, bool ``(B, L)``; ``None``: nowhere, as most pieces of generation."""
+        if place.same and (layout is None or layout.resets is None):
+            return None
+        return document_index(place.each(x.device), x.shape[1], layout) == 0
+
+    def chances(self, x: Tensor, tail: Tensor, first: Tensor | None) -> Tensor:
         """``p (B, L)`` in at least float32, 1 where a document begins."""
-        previous = torch.cat([tail.to(x.dtype), x[:, :-1]], 1)
+        previous = tail.to(x.dtype) if x.shape[1] == 1 else torch.cat([tail.to(x.dtype), x[:, :-1]], 1)
         q, k = self.q_proj(x), self.k_proj(previous)
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
             alike = F.cosine_similarity(q.to(dtype), k.to(dtype), dim=-1)
-            return torch.where(first, 1.0, ((1 - alike) / 2).clamp(0, 1))
+            p = ((1 - alike) / 2).clamp(0, 1)
+            return p if first is None else torch.where(first, 1.0, p)
 
     def _own_loss(self, p: Tensor, starts: Tensor, layout: Layout | None) -> None:
         if not (self.has_own_loss and self.training and own_loss_asked()):

@@ -155,9 +155,7 @@ class Level(Part):
         at = place.within(layout, k)
         if self.read_chunks is None and at is not None and 0 < at <= k - L:
             # As most tokens that are drawn: no chunk begins, and the parts inside have nothing to do.
-            inner, y = before, self.lengthen(open_chunk)[:, None]
-            y = y if self.up == "repeat" else y.unflatten(-1, (k, -1))[:, 0, at : at + L]
-            y = y.expand(-1, L, -1)
+            inner, y = before, self._open(open_chunk, at, L)
         elif (layout is None or layout.resets is None) and place.same is not None and place.same % k == 0:
             within = torch.arange(L, device=x.device) % k
             lengths = None if layout is None else layout.lengths
@@ -227,6 +225,16 @@ class Level(Part):
             return self.shorten(windows.sum(2) / count)
         c: Tensor = self.shorten(windows.flatten(2))
         return c if self.read_window is None else self.read_window(c, windows, there)
+
+    def _open(self, open_chunk: Tensor, at: int, L: int) -> Tensor:
+        """What ``L`` tokens from ``at`` on have of the chunk that they are in: ``(B, L, D)``."""
+        if self.up == "repeat":
+            found: Tensor = self.lengthen(open_chunk)
+            return found[:, None].expand(-1, L, -1)
+        # Theirs of the k projections: all of them were a fifth of the time of a drawn token.
+        D = self.lengthen.out_features // self.k
+        rows = slice(at * D, (at + L) * D)
+        return F.linear(open_chunk, self.lengthen.weight[rows], self.lengthen.bias[rows]).unflatten(-1, (L, D))
 
     def _windows(
         self, x: Tensor, tail: Tensor, chunks: Chunks, index: Tensor, layout: Layout | None

@@ -83,9 +83,9 @@ def picked_at(
     (B, L), device = starts.shape, starts.device
     valid = None if layout is None else layout.valid(L)
     starts = starts if valid is None else starts & valid
-    index = starts.cumsum(1) - 1
-    # The places of true values, in order, and then of the others.
-    first = starts.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
+    index = (starts.long() if L == 1 else starts.cumsum(1)) - 1
+    # The places of true values, in order, and then of the others. A token that is drawn need not be sorted.
+    first = starts.to(torch.int8).sort(dim=1, descending=True, stable=True).indices if L > 1 else torch.zeros_like(index)
     marks = None if layout is None else layout.resets
     if followed():
         G = max(1, math.ceil(aimed * L))
