@@ -84,8 +84,11 @@ def picked_at(
     valid = None if layout is None else layout.valid(L)
     starts = starts if valid is None else starts & valid
     index = (starts.long() if L == 1 else starts.cumsum(1)) - 1
-    # The places of true values, in order, and then of the others. A token that is drawn need not be sorted.
-    first = starts.to(torch.int8).sort(dim=1, descending=True, stable=True).indices if L > 1 else torch.zeros_like(index)
+    if L == 1:
+        first = torch.zeros_like(index)  # a token that is drawn
+    else:
+        # The places of true values, in order, and then of the others.
+        first = starts.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
     marks = None if layout is None else layout.resets
     if followed():
         G = max(1, math.ceil(aimed * L))
