@@ -118,9 +118,10 @@ def estimate(step: TrainingStep, make: MakeBatch, shape: Shape) -> Estimate:
         ValueError: the strategy makes no sense with the ranks or the model, or there are more ranks than tokens.
     """
     model, task, length = step.model, step.task, shape.length
-    whole = model.modality.tokens_per_sample() or length
-    if whole is None:
+    fixed, each = model.modality.tokens_per_sample(), model.modality.tokens_per_step
+    if fixed is None and length is None:
         raise ValueError("the recipe's rows have no length of their own: give --length")
+    whole = fixed or each * (length or 0)
     segment = getattr(task, "segment", None)
     strategy = check_strategy(shape.strategy, shape.ranks, step, segment is not None and segment < whole)
     piece = whole
@@ -141,7 +142,7 @@ def estimate(step: TrainingStep, make: MakeBatch, shape: Shape) -> Estimate:
     rows = 1 if strategy == "sequence_parallel" else shape.batch
 
     def at(tokens: int | None) -> Counts:
-        return counts_at(step, make, rows, tokens, segment, known)
+        return counts_at(step, make, rows, None if tokens is None else -(-tokens // each), segment, known)
 
     with Hollow(step.weights):
         step.settle(make(rows, None if length is None else min(length, 64)))

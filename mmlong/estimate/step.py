@@ -78,7 +78,7 @@ def _targets(task: Task, batch: Batch, draw: torch.Generator) -> Batch:
     if isinstance(task, ContrastTask):
         return {"raw2": batch["raw"].clone()} if task.views is None else {}
     if isinstance(task, TagTask):
-        shape = (rows, task.model.modality.tokens_per_sample() or batch["raw"].shape[-1])
+        shape = (rows, task.model.modality.count_tokens(batch["raw"][:1]))
         return {"label": torch.randint(int(head["num_classes"]), shape, generator=draw)}
     if isinstance(task, RegressTask):
         return {"target": torch.rand(rows, int(head["num_classes"]), generator=draw)}

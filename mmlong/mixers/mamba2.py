@@ -155,9 +155,13 @@ class Mamba2(Mixer):
         """Everything before the output projection."""
         w_in, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = weights
         tail, ssm = state
-        # Three products instead of one and a split: each result has contiguous rows.
-        w_gate, w_conv, w_dt = w_in.split([self.inner, self.conv_dim, self.heads])
-        z, u, dt = F.linear(x, w_gate), F.linear(x, w_conv), F.linear(x, w_dt)
+        sizes = [self.inner, self.conv_dim, self.heads]
+        if x.shape[1] == 1:
+            z, u, dt = F.linear(x, w_in).split(sizes, dim=-1)
+        else:
+            # Three products instead of one and a split: each result has contiguous rows.
+            w_gate, w_conv, w_dt = w_in.split(sizes)
+            z, u, dt = F.linear(x, w_gate), F.linear(x, w_conv), F.linear(x, w_dt)
         u, tail = short_conv(u, conv_weight, conv_bias, tail, layout, "silu", self.side)
         v, k, q = u.split([self.inner, *[self.ngroups * self.d_state] * 2], dim=-1)
         g, log_dt = discretise(dt, dt_bias, A_log)

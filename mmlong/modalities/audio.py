@@ -177,6 +177,7 @@ class MuLawModality(Sound):
 
     def __init__(self, dim: int, rate: int, channels: int = 1) -> None:
         super().__init__(dim, rate, channels)
+        self.tokens_per_step = channels
         self.code = nn.Embedding(MU + 1, dim)
         self.level = nn.Linear(2, dim, bias=False)
 

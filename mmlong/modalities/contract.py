@@ -53,6 +53,7 @@ class Modality(nn.Module):
         unit: what one token is, for people: ``pixel``, ``sample``, ``nucleotide``, ``byte``.
         codes: how many integer codes there are where tokens are ``(B, L)``; ``None`` where they are real vectors ``(B, L, C)``.
         channels: C, numbers of raw data that one token holds: what bits per dimension divides by.
+        tokens_per_step: how many tokens one place of the raw tensor's last axis makes, where samples have no length of their own: 2 of two interleaved channels.
         unordered: whether the raw tensor's last axis has no order (a set): whichever order it comes in, :meth:`encode` makes the same tokens.
         levels: values that each number can take (256 for bytes), which a density needs to be a probability; ``None`` where it is not quantised.
         rate: tokens are samples of a signal in time, so many a second of each channel; ``None`` where they are no such thing, or nobody says how far apart they are.
@@ -64,6 +65,7 @@ class Modality(nn.Module):
     channels: int = 1
     levels: int | None = None
     rate: int | None = None
+    tokens_per_step: int = 1
     unordered: bool = False
 
     def __init__(self, dim: int) -> None:
@@ -115,6 +117,13 @@ class Modality(nn.Module):
     def tokens_per_sample(self) -> int | None:
         """L, where every sample has the same; else ``None``."""
         return None
+
+    def count_tokens(self, raw: Tensor, lengths: Tensor | None = None) -> int:
+        """How many tokens a batch of raw tensors has, padding left out; ``lengths`` as :meth:`encode` takes them."""
+        rows, fixed = raw.shape[0], self.tokens_per_sample()
+        if fixed is not None:
+            return rows * fixed
+        return self.tokens_per_step * (rows * raw.shape[-1] if lengths is None else int(lengths.sum()))
 
     def check_codes(self, tokens: Tensor) -> None:
         """Raise ``ValueError`` unless integer tokens are ``0 .. codes - 1``: for :meth:`decode`, where a wrong code would make wrong data in silence."""

@@ -37,6 +37,7 @@ class MusicModality(Modality):
         if min(voices, period) < 1:
             raise ValueError(f"music has at least one voice and a period of at least one step, got {voices}, {period}")
         self.voices, self.period = voices, period
+        self.tokens_per_step = voices
         self.event = nn.Embedding(CODES, dim)
         self.voice = nn.Embedding(voices, dim)
         self.step = nn.Embedding(period, dim)

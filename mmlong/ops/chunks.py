@@ -101,7 +101,7 @@ def picked_at(
     counts = starts.sum(1)
     G = int(counts.max())
     first = first[:, :G]
-    lengths = None if bool((counts == G).all()) else counts
+    lengths = None if B == 1 or G == 0 or bool((counts == G).all()) else counts
     if marks is None and waiting is None:
         return _chunks(index, first, lengths, None), None
     # Documents begun: what is picked begins one if that many more have begun than at what was picked before it.

@@ -65,7 +65,7 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = (t if t.ndim == 3 else t[None] for t in table)
     if not cos.shape[-1]:
         return x
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (x.shape[1] == 1 and not torch.is_grad_enabled()):
         return _turn(x, cos, sin)
     return _Rotate.apply(x, cos, sin)
 

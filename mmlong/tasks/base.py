@@ -110,10 +110,7 @@ class Task(pl.LightningModule):
 
     def tokens_in(self, batch: dict[str, Tensor]) -> int:
         """Tokens that a batch holds, for throughput."""
-        length = self.model.modality.tokens_per_sample()
-        if length is not None:
-            return length * batch["raw"].shape[0]
-        return int(batch["lengths"].sum()) if "lengths" in batch else batch["raw"].shape[0] * batch["raw"].shape[-1]
+        return self.model.modality.count_tokens(batch["raw"], batch.get("lengths"))
 
     def encode(self, batch: dict[str, Tensor]) -> tuple[Tensor, Layout]:
         """The tokens and layout of a batch: keys ``raw``, and ``lengths`` and ``resets`` where the data has them."""

@@ -76,12 +76,10 @@ class JointContrastTask(Task):
     def tokens_in(self, batch: dict[str, Any]) -> int:
         """Tokens that a batch holds, for throughput."""
         assert isinstance(self.model, TowersModel)
-        total = 0
-        for name, part in batch["parts"].items():
-            fixed = self.model.towers[name].modality.tokens_per_sample()
-            rows, longest = part["raw"].shape[0], part["raw"].shape[-1]
-            total += int(part["lengths"].sum()) if "lengths" in part else rows * (fixed or longest)
-        return total
+        towers = self.model.towers
+        return sum(
+            towers[name].modality.count_tokens(part["raw"], part.get("lengths")) for name, part in batch["parts"].items()
+        )
 
     def counted(self, batch: dict[str, Any]) -> Tensor:
         """Bool ``(B,)``: pairs that count."""

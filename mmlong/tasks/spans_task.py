@@ -72,13 +72,12 @@ class SpansTask(Task):
     def tokens_in(self, batch: dict[str, Any]) -> int:
         """Tokens that a batch holds, for throughput."""
         used = {name for order in self.rows_of_spans.orders for name in order}
-        total = 0
-        for name, part in batch["parts"].items():
-            if name in used:
-                fixed = self.rows_of_spans.voices[name].modality.tokens_per_sample()
-                rows, longest = part["raw"].shape[0], part["raw"].shape[-1]
-                total += int(part["lengths"].sum()) if "lengths" in part else rows * (fixed or longest)
-        return total
+        voices = self.rows_of_spans.voices
+        return sum(
+            voices[name].modality.count_tokens(part["raw"], part.get("lengths"))
+            for name, part in batch["parts"].items()
+            if name in used
+        )
 
     def encode(  # type: ignore[override]
         self, batch: dict[str, Any], orders: list[list[str]] | None = None

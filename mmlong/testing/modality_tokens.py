@@ -46,6 +46,11 @@ def tokens_are_as_declared(s: ModalitySubject) -> None:
             fixed = module.tokens_per_sample()
             if fixed is not None and tokens.shape[1] != fixed:
                 s.fail(f"{what}: {tokens.shape[1]} tokens, tokens_per_sample() says {fixed}")
+            counted = module.count_tokens(given[0], given[1])
+            there = batch * tokens.shape[1] if layout.lengths is None else int(layout.lengths.sum())
+            # A layout without the lengths that were given is found elsewhere.
+            if (given[1] is None) == (layout.lengths is None) and counted != there:
+                s.fail(f"{what}: count_tokens() says {counted}, there are {there} (tokens_per_step, tokens_per_sample)")
             with s.running(f"{what}: the layout against the tokens"):
                 layout.check(batch, tokens.shape[1])
             if layout.lengths is not None and not bool(

@@ -452,6 +452,13 @@ class SortsPadding(Placeless):
         return codes.sort(1).values, layout
 
 
+class Miscounts(Twin):
+    """Says that a step makes two tokens."""
+
+    breaks = "tokens", "count_tokens() says"
+    tokens_per_step = 2
+
+
 class LosesOne(Bag):
     """A set of which equal ones are one."""
 
