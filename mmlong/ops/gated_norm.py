@@ -19,7 +19,6 @@ from torch.autograd.function import once_differentiable
 from mmlong.ops.backends import Backend
 from mmlong.ops.gated_norm_backends import GATED_NORM, choose_gated_norm
 
-
 FEW = 1 << 13
 """Elements up to which the calls cost more than the arithmetic."""
 

@@ -78,7 +78,8 @@ class JointContrastTask(Task):
         assert isinstance(self.model, TowersModel)
         towers = self.model.towers
         return sum(
-            towers[name].modality.count_tokens(part["raw"], part.get("lengths")) for name, part in batch["parts"].items()
+            towers[name].modality.count_tokens(part["raw"], part.get("lengths"))
+            for name, part in batch["parts"].items()
         )
 
     def counted(self, batch: dict[str, Any]) -> Tensor:
