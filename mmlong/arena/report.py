@@ -15,8 +15,8 @@ from mmlong.arena.tasks import TASKS
 from mmlong.results import markdown_table, read_json, write_json
 
 FORMAT = 1
-DEFAULT = "default"
-"""The recipe's own mixers."""
+DEFAULT, TRANSFORMER = "default", "transformer"
+"""The recipe's own mixers; the benchmark's own Transformer in place of the recipe's model."""
 
 
 class BadResultsError(ValueError):

@@ -45,7 +45,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser = grid_parser("arena", ABOUT, tasks, "trained", "the validation curves")
     parser.add_argument("tasks", nargs="*", metavar="TASK", help="a name, or a pattern in quotes, e.g. 'lra/*'")
     parser.add_argument("--size", choices=SIZES, default="cpu", help="debug: a few steps; cpu (default): equal CPU minutes; paper: the benchmark's steps and shapes, for GPUs")  # fmt: skip
-    parser.add_argument("--mixers", nargs="+", default=["default"], metavar="MIXER", help="default (the recipe's own), a name, a pattern in quotes, or NAME:OPTION=VALUE,...")  # fmt: skip
+    parser.add_argument("--mixers", nargs="+", default=["default"], metavar="MIXER", help="default (the recipe's own), transformer (the benchmark's own dense one in place of the recipe's model), a name, a pattern in quotes, or NAME:OPTION=VALUE,...")  # fmt: skip
     parser.add_argument("--minutes", type=float, metavar="M", help="of CPU time for each training of size cpu (default: the task's, 20)")  # fmt: skip
     parser.add_argument("--source", action="append", default=[], metavar="TASK=PATH", help="your copy of the benchmark's data for a task; repeat it for others")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a further option of fit, e.g. trainer.accelerator=gpu")  # fmt: skip
@@ -76,12 +76,13 @@ def _tasks(asked: list[str]) -> list[Any]:
 
 
 def _mixers(asked: list[str]) -> list[Any]:
-    from mmlong.arena.report import DEFAULT
+    from mmlong.arena.report import DEFAULT, TRANSFORMER
     from mmlong.cli.mixer_words import mixers_of
     from mmlong.mixers import list_mixers
 
     known = list_mixers()
-    return [mixer for text in asked for mixer in ([DEFAULT] if text == DEFAULT else mixers_of(text, known))]
+    own = (DEFAULT, TRANSFORMER)
+    return [mixer for text in asked for mixer in ([text] if text in own else mixers_of(text, known))]
 
 
 def _named(given: list[str], flag: str) -> dict[str, str]:

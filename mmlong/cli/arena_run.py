@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mmlong.arena import ArenaTask, Cell, swap_mixer
-from mmlong.arena.report import DEFAULT
+from mmlong.arena.report import DEFAULT, TRANSFORMER
 from mmlong.cli.errors import CommandError
 from mmlong.cli.recipes import load_recipes
 from mmlong.cli.timing import own_step_seconds, trainer_options
@@ -50,7 +50,9 @@ def options_of(
         CommandError: the recipe has no place for another mixer.
     """
     options: dict[str, Any] = {**task.data_options(path), **more, "seed_everything": seed}
-    if mixer != DEFAULT:
+    if mixer == TRANSFORMER:
+        options |= _transformer(task)
+    elif mixer != DEFAULT:
         backbone = load_recipes(task.recipes(size))["model"]["init_args"]["backbone"]
         try:
             swapped = swap_mixer(backbone, mixer)
@@ -60,6 +62,17 @@ def options_of(
             if key in swapped:
                 options[f"model.backbone.{key}"] = swapped[key]
     return options
+
+
+def _transformer(task: ArenaTask) -> dict[str, Any]:
+    """The benchmark's own Transformer in place of the recipe's model: what ``paper`` says of it, but the warm-up, which is for the benchmark's steps."""
+    model = load_recipes(task.recipes("paper")[-1:])["model"]["init_args"]
+    return {
+        f"model.{part}.{key}": value
+        for part, options in model.items()
+        for key, value in options.items()
+        if (part, key) != ("optim", "warmup")
+    }
 
 
 def run_folder(root: Path, task: ArenaTask, mixer: Any, size: str, seed: int, minutes: float, path: str | None) -> Path:

@@ -13,9 +13,10 @@ import pytest
 
 from mmlong.arena import TASKS, Results
 from mmlong.cli import arena_run
-from mmlong.cli.arena_run import train
+from mmlong.cli.arena_run import options_of, train
 from mmlong.cli.errors import CommandError
 from mmlong.cli.recipes import load_recipes
+from mmlong.cli.train import check_config, words_of
 
 Call = Callable[..., tuple[int, str]]
 
@@ -228,6 +229,30 @@ def test_wrong_commands(words: list[str], said: str, pretender: Pretender, mmlon
     assert status == 2
     assert said in told
     assert not pretender.ran
+
+
+def test_the_benchmarks_transformer_takes_the_models_place() -> None:
+    """Of every task: the recipe's data and batch, the paper size's model and its options."""
+    for task in TASKS.values():
+        options = options_of(task, "transformer", "cpu", 3, None, {})
+        assert options.pop("seed_everything") == 3
+        assert all(key.startswith("model.") for key in options)
+        assert "model.optim.warmup" not in options
+        recipe, paper = (load_recipes(task.recipes(size))["model"]["init_args"] for size in ("cpu", "paper"))
+        backbone = {key.removeprefix("model.backbone."): v for key, v in options.items() if ".backbone." in key}
+        assert {**recipe["backbone"], **backbone} == paper["backbone"]
+        assert backbone["mixers"][0]["name"] == "attention"
+        check_config(load_recipes(task.recipes("cpu")), words_of((), options), task.name)
+
+
+@pytest.mark.slow
+def test_the_benchmarks_transformer_for_real(mmlong: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["arena", "lra/pathfinder32", "--size", "debug", "--mixers", "transformer", "--json", "f.json"]
+    status, said = mmlong(*words)
+    assert status == 0, said
+    (cell,) = Results.load(Path("f.json")).cells.values()
+    assert (cell.mixer, cell.steps) == ("transformer", 8)
 
 
 @pytest.mark.slow
