@@ -41,7 +41,7 @@ class OptimConfig:
         schedule: after it: ``cosine``, ``linear``, ``wsd`` (constant, then linear over the last fifth) or ``constant``.
         min_lr: final learning rate as a share of the peak.
         layer_decay: factor on the learning rate for each layer away from the head; null for none.
-        ema: decay of the averaged weights that evaluation uses; 0 for none.
+        ema: decay of the averaged weights that evaluation uses, smaller over the first steps (:mod:`mmlong.training.average`); 0 for none.
         freeze: patterns of the names of parameters that stay as they are; behind a ``!``, of some that train after all (:mod:`mmlong.training.freeze`).
         lora: train adapters of low rank in place of the backbone (:mod:`mmlong.models.lora`), e.g. ``{rank: 8}``; null for none.
     """

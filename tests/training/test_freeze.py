@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from mmlong.backbone import BackboneConfig
@@ -170,7 +172,24 @@ def test_an_average_leaves_alone_what_does_not_move() -> None:
     for decay in (0.3, 0.9, 0.999):
         step = averaging(decay)
         assert torch.equal(step(weight, weight, 3), weight)
-        torch.testing.assert_close(step(average, weight, 3), decay * average + (1 - decay) * weight)
+        long_run = step(average, weight, torch.tensor(100_000))
+        torch.testing.assert_close(long_run, decay * average + (1 - decay) * weight)
+
+
+def test_a_short_run_is_not_averaged_with_where_it_began() -> None:
+    """The weight of each step in torch's averaged model, against the product of the decays written out."""
+    model = nn.Linear(1, 1, bias=False).double()
+    averaged = AveragedModel(model, avg_fn=averaging(0.99))
+    values = torch.randn(151, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    want = 0.0
+    for n, value in enumerate(values.tolist()):
+        nn.init.constant_(model.weight, value)
+        averaged.update_parameters(model)
+        decay = min(0.99, (1 + n) / (10 + n)) if n else 0.0
+        want = decay * want + (1 - decay) * value
+    assert float(averaged.module.weight) == pytest.approx(want, rel=1e-9)
+    decays = [min(0.99, (1 + n) / (10 + n)) for n in range(1, 151)]
+    assert math.prod(decays) < 1e-9, "what is left of the first"
 
 
 @pytest.mark.filterwarnings("ignore")
