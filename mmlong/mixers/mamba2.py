@@ -27,6 +27,7 @@ from mmlong.mixers.ssd import at_least_one, choose_widths, discretise, init_step
 from mmlong.mixers.state import State
 from mmlong.ops.blockwise import blockwise
 from mmlong.ops.gated_norm import gated_rms_norm
+from mmlong.ops.kv_cache import ragged
 from mmlong.ops.linear_attention import scalar_decay_attention
 from mmlong.ops.linear_attention_backends import LINEAR_ATTENTION
 from mmlong.ops.short_conv import short_conv
@@ -123,6 +124,8 @@ class Mamba2(Mixer):
             ssm = x.new_zeros(B, self.heads, self.headdim, self.d_state, dtype=dtype)
         else:
             tail, ssm = state["conv"], state["ssm"]
+        if L == 1 and self.backend == "auto" and not ragged(layout) and not torch.is_grad_enabled():
+            return self._token(x, tail, ssm)
         tokens = max(BLOCK_TOKENS, BLOCK_ELEMENTS // self.in_proj.out_features)
         plain = x.device.type != "cpu" or torch.compiler.is_compiling() or tokens >= B * L
         if plain:
@@ -132,6 +135,22 @@ class Mamba2(Mixer):
             piece = partial(self._piece, keep=True)
             y, (tail, ssm) = blockwise(piece, x, (tail, ssm), self._weights(), layout, tokens, self.out_proj.weight)
         return y, {"conv": tail, "ssm": ssm}
+
+    def _token(self, x: Tensor, tail: Tensor, ssm: Tensor) -> tuple[Tensor, State]:
+        """One token ``(B, 1, D)``, as it is drawn. Its time is that of the calls, so what a piece needs besides is left out; what it computes is what :meth:`_piece` does."""
+        B, G, P, dtype = x.shape[0], self.ngroups, self.headdim, ssm.dtype
+        z, u, dt = self.in_proj(x[:, 0]).to(dtype).split([self.inner, self.conv_dim, self.heads], -1)
+        window = torch.cat([tail, u[:, None]], 1)
+        u = F.silu((window * self.conv_weight.t()).sum(1).add_(self.conv_bias), inplace=True)
+        v, k, q = u.split([self.inner, G * self.d_state, G * self.d_state], -1)
+        v, dt = v.view(B, -1, P), F.softplus(dt + self.dt_bias)
+        decay = torch.exp(-dt * self.A_log.exp())
+        write = (v * dt[..., None]).view(B, G, -1, 1) * k.view(B, G, 1, -1)
+        ssm = torch.addcmul(write.view(ssm.shape), ssm, decay[..., None, None])
+        y = (ssm.view(B, G, -1, self.d_state) @ q.reshape(B, G, -1, 1)).view(v.shape)
+        y = torch.addcmul(y, v, self.D[:, None]).view(B, 1, -1).to(x.dtype)
+        y = gated_rms_norm(y, z[:, None], self.norm_weight, G, self.norm_eps, self.side)
+        return self.out_proj(y), {"conv": window[:, 1:], "ssm": ssm}
 
     def _weights(self) -> tuple[Tensor, ...]:
         return (
@@ -155,13 +174,9 @@ class Mamba2(Mixer):
         """Everything before the output projection."""
         w_in, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight = weights
         tail, ssm = state
-        sizes = [self.inner, self.conv_dim, self.heads]
-        if x.shape[1] == 1:
-            z, u, dt = F.linear(x, w_in).split(sizes, dim=-1)
-        else:
-            # Three products instead of one and a split: each result has contiguous rows.
-            w_gate, w_conv, w_dt = w_in.split(sizes)
-            z, u, dt = F.linear(x, w_gate), F.linear(x, w_conv), F.linear(x, w_dt)
+        # Three products instead of one and a split: each result has contiguous rows.
+        w_gate, w_conv, w_dt = w_in.split([self.inner, self.conv_dim, self.heads])
+        z, u, dt = F.linear(x, w_gate), F.linear(x, w_conv), F.linear(x, w_dt)
         u, tail = short_conv(u, conv_weight, conv_bias, tail, layout, "silu", self.side)
         v, k, q = u.split([self.inner, *[self.ngroups * self.d_state] * 2], dim=-1)
         g, log_dt = discretise(dt, dt_bias, A_log)

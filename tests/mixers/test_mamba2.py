@@ -194,6 +194,46 @@ def test_blocks_without_gradient_of_the_input_or_some_weights(monkeypatch: pytes
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("options", [{}, {"ngroups": 2, "headdim": 4, "d_conv": 3}, {"expand": 1, "d_state": 3}])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_drawn_token_is_what_a_piece_of_one_is(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """The short way, which generation takes, against the definition and against the way with a gradient."""
+    m = mixer(16, dtype, **options)
+    x = torch.randn(3, 21, 16, dtype=dtype)
+    short: Any = None
+    long: Any = None
+    want, S = recurrence(m, x)
+    for t in range(21):
+        with torch.no_grad():
+            got, short = m(x[:, t : t + 1], short)
+        y, long = m(x[:, t : t + 1], long)
+        assert y.requires_grad
+        assert not got.requires_grad
+        assert got.dtype == dtype
+        close = {"rtol": 3e-2, "atol": 3e-2} if dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(got, y.detach(), **close)
+        for name in ("conv", "ssm"):
+            assert short[name].dtype == torch.promote_types(dtype, torch.float32)
+            torch.testing.assert_close(short[name], long[name].detach(), **close)
+        if dtype != torch.bfloat16:
+            torch.testing.assert_close(got[:, 0], want[:, t].detach())
+    if dtype != torch.bfloat16:
+        torch.testing.assert_close(short["ssm"], S.detach())
+
+
+def test_a_drawn_token_under_autocast() -> None:
+    m = mixer(16, torch.float32)
+    x = torch.randn(2, 9, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        state: Any = None
+        for t in range(9):
+            got, state = m(x[:, t : t + 1], state)
+        whole, after = m(x)
+    assert state["ssm"].dtype == torch.float32
+    torch.testing.assert_close(got[:, 0].float(), whole[:, -1].float(), rtol=3e-2, atol=3e-2)
+    torch.testing.assert_close(state["ssm"], after["ssm"], rtol=3e-2, atol=3e-2)
+
+
 def test_under_activation_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
     small_blocks(monkeypatch)
     m = mixer(8)
