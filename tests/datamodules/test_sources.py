@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mmlong.datamodules import elpv, mnist5k, sources
 from mmlong.datamodules.errors import BadSampleError, DataError, PackError
@@ -151,6 +151,7 @@ def test_unknown_and_missing_labels(tmp_path: Path) -> None:
 
 
 @settings(deadline=None, max_examples=50)
+@example(labels=[(0, 0)] * 6 + [(0, 1)] * 3 + [(1, 0), (1, 1), (2, 0)], val=0, test=4, seed=0)
 @given(
     labels=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 1)), min_size=10, max_size=80), val=st.integers(0, 4),
     test=st.integers(1, 5), seed=st.integers(0, 9),
@@ -168,8 +169,12 @@ def test_splits_are_exact_stratified_and_pure(labels: list[tuple[int, int]], val
     }
     left = Counter(labels)
     if val == 0:
+        exact = {label: test * count / len(items) for label, count in left.items()}
+        # Where the last sample of a class stays in training, another class gives one more, which may be a whole one.
+        stays = any(int(share) + 1 > left[label] - 1 for label, share in exact.items())
         for label, count in Counter((item.labels["a"], item.labels["b"]) for item in parts["test"]).items():
-            assert abs(count - test * left[label] / len(items)) < 1
+            off = abs(count - exact[label])
+            assert off < 1 or (stays and off == 1)
 
 
 def test_too_large_splits(photos: Path, tmp_path: Path) -> None:
