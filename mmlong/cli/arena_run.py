@@ -49,10 +49,9 @@ def options_of(
     Raises:
         CommandError: the recipe has no place for another mixer.
     """
-    options: dict[str, Any] = {**task.data_options(path), **more, "seed_everything": seed}
-    if mixer == TRANSFORMER:
-        options |= _transformer(task)
-    elif mixer != DEFAULT:
+    model = _transformer(task) if mixer == TRANSFORMER else {}
+    options: dict[str, Any] = {**task.data_options(path), **model, **more, "seed_everything": seed}
+    if mixer not in (DEFAULT, TRANSFORMER):
         backbone = load_recipes(task.recipes(size))["model"]["init_args"]["backbone"]
         try:
             swapped = swap_mixer(backbone, mixer)

@@ -166,7 +166,7 @@ class Recipe:
         self.length = None if fixed is not None else length or getattr(data, "length", None)
         if fixed is None and self.length is None:
             raise ValueError("the recipe takes samples of any length: give --length")
-        self.tokens = fixed or self.length
+        self.tokens = fixed or task.model.modality.tokens_per_step * (self.length or 0)
         self._first: Task | None = task
 
     def task(self) -> Task:

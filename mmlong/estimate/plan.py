@@ -118,10 +118,11 @@ def estimate(step: TrainingStep, make: MakeBatch, shape: Shape) -> Estimate:
         ValueError: the strategy makes no sense with the ranks or the model, or there are more ranks than tokens.
     """
     model, task, length = step.model, step.task, shape.length
-    fixed, each = model.modality.tokens_per_sample(), model.modality.tokens_per_step
-    if fixed is None and length is None:
-        raise ValueError("the recipe's rows have no length of their own: give --length")
-    whole = fixed or each * (length or 0)
+    whole, each = model.modality.tokens_per_sample(), model.modality.tokens_per_step
+    if whole is None:
+        if length is None:
+            raise ValueError("the recipe's rows have no length of their own: give --length")
+        whole = each * length
     segment = getattr(task, "segment", None)
     strategy = check_strategy(shape.strategy, shape.ranks, step, segment is not None and segment < whole)
     piece = whole

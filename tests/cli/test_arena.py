@@ -242,28 +242,21 @@ def test_the_benchmarks_transformer_takes_the_models_place() -> None:
         backbone = {key.removeprefix("model.backbone."): v for key, v in options.items() if ".backbone." in key}
         assert {**recipe["backbone"], **backbone} == paper["backbone"]
         assert backbone["mixers"][0]["name"] == "attention"
+        asked = options_of(task, "transformer", "cpu", 3, None, {"model.optim.lr": 0.5})
+        assert asked["model.optim.lr"] == 0.5, "what is asked for is not overruled"
         check_config(load_recipes(task.recipes("cpu")), words_of((), options), task.name)
 
 
 @pytest.mark.slow
-def test_the_benchmarks_transformer_for_real(mmlong: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mixer", ["s4d", "transformer"])
+def test_one_for_real(mixer: str, mmlong: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["arena", "lra/pathfinder32", "--size", "debug", "--mixers", "transformer", "--json", "f.json"]
+    words = ["arena", "lra/pathfinder32", "--size", "debug", "--mixers", mixer, "--json", "f.json"]
     status, said = mmlong(*words)
     assert status == 0, said
     (cell,) = Results.load(Path("f.json")).cells.values()
-    assert (cell.mixer, cell.steps) == ("transformer", 8)
-
-
-@pytest.mark.slow
-def test_one_for_real(mmlong: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    words = ["arena", "lra/pathfinder32", "--size", "debug", "--mixers", "s4d", "--json", "f.json"]
-    status, said = mmlong(*words)
-    assert status == 0, said
-    (cell,) = Results.load(Path("f.json")).cells.values()
-    assert cell.steps == 8
+    assert (cell.mixer, cell.steps, len(cell.curve)) == (mixer, 8, 2)
     assert cell.accuracy is not None
-    assert len(cell.curve) == 2
-    config = json.loads((tmp_path / "runs/arena/lra/pathfinder32/debug/s4d-0/config.json").read_text())
-    assert config["backbone"]["mixers"][1][1]["name"] == "s4d"
+    config = json.loads((tmp_path / f"runs/arena/lra/pathfinder32/debug/{mixer}-0/config.json").read_text())
+    mixers = config["backbone"]["mixers"]
+    assert (mixers[1][1] if mixer == "s4d" else mixers[0])["name"] == ("s4d" if mixer == "s4d" else "attention")

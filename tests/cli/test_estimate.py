@@ -67,6 +67,11 @@ def test_images_of_a_fixed_size(capsys: pytest.CaptureFixture[str]) -> None:
         run_estimate([*words, "--length", "64"])
 
 
+def test_a_step_of_music_is_as_many_tokens_as_voices(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_estimate(["-c", "music/chorales_ar", "--length", "100"]) == 0
+    assert "one step of 4 x 400 tokens" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -21,6 +21,7 @@ def test_a_step_is_its_voices_in_turn() -> None:
     assert layout.lengths.tolist() == [6]
     assert layout.resets is not None
     assert layout.resets.tolist() == [[True, False, False, False, True, False]]
+    assert (modality.count_tokens(raw), modality.count_tokens(raw, torch.tensor([2]))) == (6, 4)
     places = modality.places(None, 6)[0]
     assert torch.equal(places[0], places[4]), "two steps on"
     assert len({tuple(place.tolist()) for place in places}) == 4, "two voices, two steps"
