@@ -68,9 +68,17 @@ class DirectImages:
         """The labels of a split."""
         raise TypeError(f"{type(self).__name__} does not define split(name)")
 
-    def image(self, split: str, place: int) -> np.ndarray:
+    def image(self, split: str, place: int, variant: int = 0) -> np.ndarray:
         """uint8 ``shape``. Raises ``BadSampleError`` where it cannot be read."""
         raise TypeError(f"{type(self).__name__} does not define image(split, place)")
+
+    def variants(self, split: str) -> int:
+        """How many images a place has, of which an epoch shows one."""
+        return 1
+
+    def variant(self, split: str, epoch: int, place: int) -> int:
+        """Which image of a place an epoch shows: a pure function."""
+        return 0
 
 
 class DirectSamples(ImageSamples):
@@ -91,18 +99,21 @@ class DirectSamples(ImageSamples):
         self.images, self.name, self.label = images, split, label
         self.shape, self.augment, self.on_bad = images.shape, augment, on_bad
         self.labels = images.split(split).labels[label]
-        self.cache = SharedCache([int(np.prod(self.shape))] * len(self.labels)) if cache else None
+        kept = images.variants(split) * len(self.labels)
+        self.cache = SharedCache([int(np.prod(self.shape))] * kept) if cache else None
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def image(self, sample: int) -> np.ndarray:
+    def image(self, sample: int, epoch: int = 0) -> np.ndarray:
         """One image: ``(C, H, W)`` uint8, not to be written to."""
-        if self.cache is not None and (kept := self.cache.get(sample)) is not None:
+        variant = self.images.variant(self.name, epoch, sample)
+        place = variant * len(self) + sample
+        if self.cache is not None and (kept := self.cache.get(place)) is not None:
             return kept.reshape(self.shape)
-        pixels = self.images.image(self.name, sample)
+        pixels = self.images.image(self.name, sample, variant)
         if self.cache is not None:
-            self.cache.put(sample, pixels)
+            self.cache.put(place, pixels)
         return pixels
 
 

@@ -80,8 +80,8 @@ class ImageSamples:
     def __len__(self) -> int:
         return len(self.split)
 
-    def image(self, sample: int) -> np.ndarray:
-        """One image as packed: ``(C, H, W)`` uint8, not to be written to.
+    def image(self, sample: int, epoch: int = 0) -> np.ndarray:
+        """One image as packed, in every epoch the same: ``(C, H, W)`` uint8, not to be written to.
 
         Raises:
             BadSampleError: it is damaged.
@@ -99,7 +99,7 @@ class ImageSamples:
         problems: list[DataError] = []
         for epoch, sample, weight in places:
             try:
-                pixels: np.ndarray | None = self._augmented(self.image(sample), epoch, sample)
+                pixels: np.ndarray | None = self._augmented(self.image(sample, epoch), epoch, sample)
             except BadSampleError as error:
                 problems.append(self._skip(error))
                 pixels, weight = None, 0.0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from .direct_images import DirectImageDataModule, DirectImages, DirectSplit, Facts
 from .draws import labels_of
 from .errors import DataError
+from .order import random_words
 from .pathfinder import draw_picture
 from .pathfinder_files import LEVELS, PathfinderFiles
 from .pathfinder_shapes import SIZES, Pathfinder
@@ -40,19 +41,21 @@ class DrawnPictures(DirectImages):
         parameters: how each is drawn.
         counts: pictures of each split.
         seed: of all.
-        train_paddles: of the paths of training pictures, in turn by pairs, instead of ``parameters.paddles``; short paths are a third as long.
+        train_paddles: lengths of paths that training begins with, and for how many epochs each is the longest; then ``parameters.paddles``. Short paths are a third as long.
     """
 
     def __init__(
-        self, parameters: Pathfinder, counts: dict[str, int], seed: int, train_paddles: Sequence[int] = ()
+        self, parameters: Pathfinder, counts: dict[str, int], seed: int, train_paddles: Mapping[int, int] | None = None
     ) -> None:
         self.parameters, self.counts, self.seed = parameters, counts, seed
         self._splits: dict[str, DirectSplit] = {}
+        stages = sorted((train_paddles or {}).items())
+        self.until = np.cumsum([epochs for _, epochs in stages], dtype=np.int64)
         self.lengths = [
-            dataclasses.replace(parameters, paddles=paddles, distractor_paddles=paddles // 3)
-            for paddles in train_paddles
-        ]
-        told = f"1 {parameters} {counts} {seed} {list(train_paddles)}"
+            *(dataclasses.replace(parameters, paddles=n, distractor_paddles=n // 3) for n, _ in stages), parameters,
+        ]  # fmt: skip
+        self._shown: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+        told = f"2 {parameters} {counts} {seed} {stages}"
         super().__init__(
             (1, parameters.size, parameters.size), tuple(counts), hashlib.sha256(told.encode()).hexdigest()
         )
@@ -70,16 +73,31 @@ class DrawnPictures(DirectImages):
             self._splits[name] = DirectSplit({"connected": labels_of(self.counts[name], *key)})
         return self._splits[name]
 
-    def parameters_of(self, split: str, place: int) -> Pathfinder:
-        """How a picture is drawn."""
-        if split == "train" and self.lengths:
-            return self.lengths[place // 2 % len(self.lengths)]
-        return self.parameters
+    def variants(self, split: str) -> int:
+        """A picture of each length in training."""
+        return len(self.lengths) if split == "train" else 1
 
-    def image(self, split: str, place: int) -> np.ndarray:
+    def variant(self, split: str, epoch: int, place: int) -> int:
+        """The newest length for two places of three, any of the earlier ones for the third: what was learned is not forgotten."""
+        if split != "train":
+            return 0
+        newest = int(self.until.searchsorted(epoch, side="right"))
+        if newest == 0:
+            return 0
+        if self._shown[0] != epoch:
+            words = random_words(self.counts[split], *self.key(split), 2, epoch)
+            earlier = (words >> np.uint64(11)).astype(np.int64) % (3 * newest)
+            self._shown = epoch, np.where(earlier < newest, earlier, newest)
+        return int(self._shown[1][place])
+
+    def drawn_by(self, split: str, variant: int) -> Pathfinder:
+        """How a picture is drawn."""
+        return self.lengths[variant] if split == "train" else self.parameters
+
+    def image(self, split: str, place: int, variant: int = 0) -> np.ndarray:
         """A picture."""
         label = int(self.split(split).labels["connected"][place])
-        return draw_picture(self.parameters_of(split, place), label, *self.key(split), 0, place).pixels[None]
+        return draw_picture(self.drawn_by(split, variant), label, *self.key(split), 0, place).pixels[None]
 
 
 class PathfinderDataModule(DirectImageDataModule):
@@ -91,7 +109,7 @@ class PathfinderDataModule(DirectImageDataModule):
         level: of the release's pictures, ``hard`` (what everyone reports), ``intermediate`` or ``easy``.
         parameters: changes to how pictures are drawn, fields of `mmlong.datamodules.pathfinder.Pathfinder`.
         train_count, val_count, test_count: how many are drawn; the benchmark's own, unless given.
-        train_paddles: lengths of the long paths in training, in turn, e.g. ``[6, 9, 14]``, which is easier to begin with and not the benchmark's training data; its own, unless given.
+        train_paddles: a curriculum, e.g. ``{3: 4, 6: 8}``: the long paths of training pictures have 3 dashes for 4 epochs, then 6 for 8, then the benchmark's own length (and a third of the pictures any of the lengths before it). Not the benchmark's training data, whose length alone it is unless given.
         picture_seed: another gives other pictures.
         seed, batch_size, num_workers, augment, cache, on_bad, eval_batch_size: see `mmlong.datamodules.images.ImageDataModule`.
 
@@ -109,7 +127,7 @@ class PathfinderDataModule(DirectImageDataModule):
         train_count: int = COUNTS["train"],
         val_count: int = COUNTS["val"],
         test_count: int = COUNTS["test"],
-        train_paddles: Sequence[int] = (),
+        train_paddles: dict[int, int] | None = None,
         picture_seed: int = SEED,
         batch_size: int = 16,
         num_workers: int = 0,
@@ -135,11 +153,16 @@ class PathfinderDataModule(DirectImageDataModule):
         if unknown := set(parameters or ()) - known:
             raise ValueError(f"pathfinder has no parameter {sorted(unknown)[0]!r}; it has {', '.join(sorted(known))}")
         self.counts = {"train": train_count, "val": val_count, "test": test_count}
-        if min(self.counts.values()) < 1 or any(paddles < 3 for paddles in train_paddles) or picture_seed < 0:
-            raise ValueError("pathfinder: counts are at least 1, train_paddles at least 3, picture_seed at least 0")
+        if min(self.counts.values()) < 1 or picture_seed < 0:
+            raise ValueError("pathfinder: counts are at least 1, picture_seed at least 0")
         self.parameters = dataclasses.replace(SIZES[size], **(parameters or {}))
+        for paddles, epochs in (train_paddles or {}).items():
+            if not 3 <= paddles < self.parameters.paddles or epochs < 1:
+                raise ValueError(
+                    f"pathfinder: train_paddles are lengths from 3 to {self.parameters.paddles - 1}, each with how many epochs it has (at least 1), got {paddles}: {epochs}"
+                )
         self.source_path, self.level = source_path, level
-        self.train_paddles, self.picture_seed = list(train_paddles), picture_seed
+        self.train_paddles, self.picture_seed = dict(train_paddles or {}), picture_seed
         super().__init__(
             f"pathfinder{size}", DRAWN if source_path is None else RELEASED, (1, size, size), source_path, augment, cache,
             batch_size, num_workers, seed, on_bad, eval_batch_size,

@@ -103,7 +103,7 @@ class PathfinderFiles(DirectImages):
             raise DataError(self.folder, f"has splits {', '.join(self.splits)}", f"split {name!r}")
         return DirectSplit({"connected": np.array([label for _, label in self.parts[name]], np.int64)})
 
-    def image(self, split: str, place: int) -> np.ndarray:
+    def image(self, split: str, place: int, variant: int = 0) -> np.ndarray:
         """A picture, decoded."""
         path, _ = self.parts[split][place]
         try:

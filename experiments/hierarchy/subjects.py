@@ -26,6 +26,7 @@ class Subject:
 _CONV = {"name": "masked_conv2d", "width": 256, "radius": 2}
 _PIXEL = {"name": "mamba2", "expand": 1, "d_state": 16, "headdim": 16}
 _WIDE = {"name": "mamba2", "expand": 1, "d_state": 32, "headdim": 32}
+_BYTE = {"name": "mamba2", "expand": 1}
 _SAMPLE = {"name": "mamba2", "expand": 1, "d_state": 16, "headdim": 16}
 
 
@@ -70,6 +71,10 @@ SUBJECTS: dict[str, Subject] = {
         {
             "flat": {},
             "flat, half as deep": {"model.backbone.depth": 2},
+            "flat, two of Mamba-2": {"model.backbone.depth": 2, "model.backbone.mixers": [_BYTE]},
+            "pool 8, one of Mamba-2 behind": {
+                "model.backbone.parts": [{"pool": 8, "dim": 256, "parts": [{**_WIDE, "repeat": 4}]}, _BYTE],
+            },
             "megabyte": {
                 "model.backbone.parts": [
                     {"pool": 4, "dim": 256, "parts": [{**_WIDE, "repeat": 4}]},
@@ -84,9 +89,9 @@ SUBJECTS: dict[str, Subject] = {
             },
             "hnet": {
                 "model.backbone.parts": [
-                    {"name": "mamba2", "expand": 1},
+                    _BYTE,
                     {"dynamic": 4, "dim": 192, "parts": [{**_WIDE, "repeat": 4}]},
-                    {"name": "mamba2", "expand": 1},
+                    _BYTE,
                 ],
             },
             "hnet, Mamba-2 alone outside": {

@@ -75,12 +75,30 @@ def test_a_position_is_kept() -> None:
 
 
 def test_shorter_paths_to_begin_with() -> None:
-    images = data(train_paddles=[6, 9, 14]).dataset
-    found = [images.parameters_of("train", place) for place in range(7)]
-    assert [p.paddles for p in found] == [6, 6, 9, 9, 14, 14, 6]
-    assert [p.distractor_paddles for p in found] == [2, 2, 3, 3, 4, 4, 2]
-    assert images.parameters_of("val", 0).paddles == 14
-    assert images.fingerprint != data().dataset.fingerprint
+    images = data(train_count=600, train_paddles={9: 3, 6: 2}).dataset
+    assert [(p.paddles, p.distractor_paddles) for p in images.lengths] == [(6, 2), (9, 3), (14, 4)]
+    shown = [np.bincount([images.variant("train", epoch, place) for place in range(600)], minlength=3) for epoch in range(7)]  # fmt: skip
+    assert [list(found > 0) for found in shown] == [[True, False, False]] * 2 + [[True, True, False]] * 3 + [[True] * 3] * 2  # fmt: skip
+    for found, newest in ((shown[2], 1), (shown[6], 2)):
+        assert 360 < found[newest] < 440, "two of three are of the newest length"
+    assert list(shown[5]) != list(shown[6]), "other places in another epoch"
+    again = data(train_count=600, train_paddles={6: 2, 9: 3}).dataset
+    assert [again.variant("train", 6, n) for n in range(600)] == [images.variant("train", 6, n) for n in range(600)]
+    assert images.variant("val", 9, 0) == 0
+    assert images.drawn_by("val", 0).paddles == 14
+    assert images.fingerprint == again.fingerprint != data(train_count=600).dataset.fingerprint
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_each_epoch_shows_its_lengths(cache: bool) -> None:
+    module = data(train_paddles={3: 1, 4: 1}, cache=cache)
+    samples = module.samples("train", True)
+    for epoch in (0, 1, 2, 0):
+        batch = samples.fetch([(epoch, place, 1.0) for place in range(12)])[0]
+        for place in range(12):
+            variant = module.dataset.variant("train", epoch, place)
+            assert torch.equal(batch["raw"][place], torch.from_numpy(module.dataset.image("train", place, variant)))
+    assert not np.array_equal(module.dataset.image("train", 0, 0), module.dataset.image("train", 0, 2))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +106,8 @@ def test_shorter_paths_to_begin_with() -> None:
     [
         ({"size": 100}, "sizes 32, 64"), ({"level": "mean"}, "level is"), ({"parameters": {"padles": 3}}, "no parameter 'padles'"),
         ({"parameters": {"size": 64}}, "no parameter 'size'"), ({"level": "easy"}, "of the release's pictures"),
-        ({"source_path": "x", "train_paddles": [6]}, "has some already"), ({"train_count": 0}, "at least 1"), ({"train_paddles": [2]}, "at least 3"),
+        ({"source_path": "x", "train_paddles": {6: 1}}, "has some already"), ({"train_count": 0}, "at least 1"), ({"train_paddles": {2: 1}}, "lengths from 3 to 13"),
+        ({"train_paddles": {14: 1}}, "got 14: 1"), ({"train_paddles": {6: 0}}, "got 6: 0"),
     ],
 )  # fmt: skip
 def test_arguments_that_make_no_sense(options: dict[str, Any], said: str) -> None:
