@@ -70,7 +70,7 @@ class PixelModel(nn.Module):
             reduction = self.modality.size[0] // layout.grid[0] if layout.grid is not None else 1
             for i, block in enumerate(stage.children()):
                 norm: Any = block.norm1
-                width = norm.normalized_shape[0]
+                width = norm.weight.shape[0]
                 info.append({"num_chs": width, "reduction": reduction, "module": f"model.backbone.stages.{s}.{i}"})
         return info
 

@@ -20,7 +20,7 @@ from mmlong.backbone import product_key_memory  # noqa: F401  (registers a feed-
 from mmlong.backbone.colt5 import CoLT5
 from mmlong.backbone.experts import Experts
 from mmlong.backbone.feedforward import create_ffn
-from mmlong.backbone.norms import create_norm
+from mmlong.backbone.norms import create_norm, normed
 from mmlong.layout import Layout
 from mmlong.mixers import Mixer, State
 
@@ -37,7 +37,7 @@ class Block(nn.Module):
         drop_path: chance that a sample skips a branch in training.
         layer_scale: initial scale of each branch, or ``None`` for no scaling.
         norm_eps: of the norms.
-        norm: ``layer``, ``rms`` or ``rms_offset`` (:mod:`mmlong.backbone.norms`).
+        norm: ``layer``, ``rms``, ``rms_offset`` or ``group`` (:mod:`mmlong.backbone.norms`).
         norm_after: norm what a branch was added to, and not what a branch reads.
     """
 
@@ -70,35 +70,35 @@ class Block(nn.Module):
 
     def mix(self, x: Tensor, state: State = None, layout: Layout | None = None) -> tuple[Tensor, State]:
         """The mixer's branch: what is added to ``x``, and the state."""
-        y, state = self.mixer(x if self.norm_after else self.norm1(x), state, layout)
+        y, state = self.mixer(x if self.norm_after else normed(self.norm1, x, layout), state, layout)
         return self.drop_path(self.dropout(self.scale1(y))), state
 
     def absorb(self, x: Tensor, state: State = None, layout: Layout | None = None) -> State:
         """The state alone of :meth:`forward` (:mod:`mmlong.backbone.prefill`)."""
-        x = x if self.norm_after else self.norm1(x)
+        x = x if self.norm_after else normed(self.norm1, x, layout)
         return self.mixer.absorb(x, state, layout) if hasattr(self.mixer, "absorb") else self.mixer(x, state, layout)[1]
 
     def feed(self, x: Tensor, layout: Layout | None = None) -> Tensor:
         """The feed-forward's branch, of a block that has one."""
         assert self.ffn is not None
         assert self.norm2 is not None
-        normed = x if self.norm_after else self.norm2(x)
+        read = x if self.norm_after else normed(self.norm2, x, layout)
         if isinstance(self.ffn, Experts):
-            fed = self.ffn(normed, None if layout is None else layout.valid(x.shape[1]))
+            fed = self.ffn(read, None if layout is None else layout.valid(x.shape[1]))
         elif isinstance(self.ffn, CoLT5):
-            fed = self.ffn(normed, layout)
+            fed = self.ffn(read, layout)
         else:
-            fed = self.ffn(normed)
+            fed = self.ffn(read)
         return self.drop_path(self.dropout(self.scale2(fed)))
 
     def forward(self, x: Tensor, state: State = None, layout: Layout | None = None) -> tuple[Tensor, State]:
         """``(B, L, D)`` to ``(B, L, D)`` and the mixer's state."""
         y, state = self.mix(x, state, layout)
-        x = self.norm1(x + y) if self.norm_after else x + y
+        x = normed(self.norm1, x + y, layout) if self.norm_after else x + y
         if self.ffn is not None:
             assert self.norm2 is not None
             y = self.feed(x, layout)
-            x = self.norm2(x + y) if self.norm_after else x + y
+            x = normed(self.norm2, x + y, layout) if self.norm_after else x + y
         return x, state
 
 
@@ -111,7 +111,8 @@ class Merge(nn.Module):
     Args:
         size: ``k``, or the sides of a patch, e.g. ``2x2``.
         dim_in, dim_out: width of the tokens before and after.
-        norm_eps: of the layer norm.
+        norm_eps: of the norm.
+        norm: of the concatenated tokens (:mod:`mmlong.backbone.norms`).
 
     Raises:
         ValueError: a size that is neither. When called: patches of what is no grid that they fill.
@@ -121,7 +122,7 @@ class Merge(nn.Module):
         sides: of a patch; ``None`` for neighbours.
     """
 
-    def __init__(self, size: int | str, dim_in: int, dim_out: int, norm_eps: float = 1e-5) -> None:
+    def __init__(self, size: int | str, dim_in: int, dim_out: int, norm_eps: float = 1e-5, norm: str = "layer") -> None:
         super().__init__()
         written = re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", str(size))
         if written is None:
@@ -132,14 +133,14 @@ class Merge(nn.Module):
         self.sides = sides if len(sides) > 1 else None
         k = math.prod(sides)
         self.k = k
-        self.norm = nn.LayerNorm(k * dim_in, eps=norm_eps)
+        self.norm = create_norm(norm, k * dim_in, norm_eps)
         self.project = nn.Linear(k * dim_in, dim_out)
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
         """``(B, L, dim_in)`` to ``(B, ceil(L / k), dim_out)``."""
         if self.sides is not None:
-            index, _ = (layout or Layout()).patches(self.sides)
-            return self.project(self.norm(x[:, index.to(x.device)].flatten(2)))
+            index, coarse = (layout or Layout()).patches(self.sides)
+            return self.project(normed(self.norm, x[:, index.to(x.device)].flatten(2), coarse))
         valid = None if layout is None else layout.valid(x.shape[1])
         if valid is not None:
             x = torch.where(valid[..., None], x, 0)
@@ -149,8 +150,8 @@ class Merge(nn.Module):
             x = nn.functional.pad(x, (0, 0, 0, self.k))[:, : groups * self.k]
         elif short := -x.shape[1] % self.k:
             x = nn.functional.pad(x, (0, 0, 0, short))
-        x = x.reshape(x.shape[0], groups, self.k * x.shape[2])
-        return self.project(self.norm(x))
+        x, length = x.reshape(x.shape[0], groups, self.k * x.shape[2]), x.shape[1]
+        return self.project(normed(self.norm, x, self.layout_out(layout, length)))
 
     def layout_out(self, layout: Layout | None, length: int) -> Layout | None:
         """The layout of what comes out, of ``length`` tokens under ``layout``."""

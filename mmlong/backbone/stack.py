@@ -20,7 +20,7 @@ from mmlong.backbone.block import Block, Merge
 from mmlong.backbone.colt5 import CoLT5
 from mmlong.backbone.directions import Direction, create_directed
 from mmlong.backbone.forms import write_form
-from mmlong.backbone.norms import create_norm
+from mmlong.backbone.norms import NORMS, create_norm, normed
 from mmlong.backbone.parts import count_blocks, make_parts
 from mmlong.backbone.reverse_complement import join_strands, split_strands
 from mmlong.backbone.reversible import ReversibleBlock, reversible_stack
@@ -46,7 +46,7 @@ class BackboneConfig:
         dropout: after each residual branch.
         drop_path: chance of skipping a branch at the last block, rising linearly with depth.
         layer_scale: initial scale of each branch, or null for none.
-        norm: of the blocks and behind them: ``layer``, ``rms`` or ``rms_offset`` (:mod:`mmlong.backbone.norms`); levels and other parts have layer norms of their own.
+        norm: of the blocks, between stages and behind all: ``layer``, ``rms``, ``rms_offset``, or, where nothing is causal, ``group`` (:mod:`mmlong.backbone.norms`); levels and other parts have layer norms of their own.
         norm_eps: of those norms.
         norm_after: blocks norm what they have added to, as BERT's do, in place of what they read.
         norm_in: a layer norm of the tokens before the first block, as BERT and RWKV have.
@@ -127,6 +127,10 @@ class Backbone(nn.Module):
         mixers = _per_stage("mixers", config.mixers, stages) if nested else [config.mixers] * stages
         if stages > 1 and config.direction == "causal":
             raise ValueError("a pooled token has seen its whole group: use direction alternate or both with pool")
+        if config.direction == "causal" and getattr(NORMS[config.norm], "two_sided", False):
+            raise ValueError(
+                f"backbone.norm: {config.norm} is of all tokens of a document, later ones too: use direction alternate or both, or norm: layer"
+            )
         if config.reversible and config.checkpoint:
             raise ValueError(
                 "backbone.reversible keeps no activations that backbone.checkpoint could spare: set one of them"
@@ -181,7 +185,7 @@ class Backbone(nn.Module):
             specs = [mixers[s][i % len(mixers[s])] for i in range(depths[s])]
             self.stages.append(nn.ModuleList(make(spec, dims[s], ratios[s]) for spec in specs))
             if s + 1 < stages:
-                merge = Merge(config.pool[s], dims[s], dims[s + 1])
+                merge = Merge(config.pool[s], dims[s], dims[s + 1], norm=config.norm)
                 self.merges.append(merge)
                 self.stride *= merge.k
         if any(getattr(part, "tokens_out", None) is not None for part in self.parts()[:-1]):
@@ -317,7 +321,7 @@ class Backbone(nn.Module):
                 else:
                     x, after = block(x, next(states), layout)
                 out.append(after)
-        x = self.norm(x)
+        x = normed(self.norm, x, layout if self.tokens_out is None else None)
         if self.config.reverse_complement:
             x = join_strands(x, self.layout_out(given, length_in))
         return x, tuple(out) if self.streaming else None

@@ -11,6 +11,8 @@ state that has come all the way round a row keeps only roughly.
 ``masked_conv3d`` is the same with frames as a third axis: of the own frame the taps above, and of each of the last ``frames`` frames the whole square around the pixel, which shows where things were and so how they
 move. (Video Pixel Networks, Kalchbrenner et al. 2016, arXiv 1610.00527, know earlier frames by an encoder of whole frames instead, which does not stream pixel by pixel.)
 
+With ``relu`` negative inputs count as nothing, as in front of every convolution of the paper's residual blocks.
+
 Departures: the taps are full ``D x D`` matrices without the paper's grouping by colour (a token is a whole pixel here; its colours are the head's business), and the token's own
 position is seen, since an autoregressive model hands in the token before it.
 """
@@ -39,13 +41,16 @@ class MaskedConv(Mixer):
         causal: always true.
         sides: extent of the raster's axes but the first, which has no end: ``(width,)`` of images, ``(height, width)`` of videos.
         taps: ``(..., dr, dc)``, along the axis of columns how far on a tap lies, along the others how far back; none of them later than the token.
+        relu: of the inputs.
     """
 
     optim_hints: ClassVar[dict[str, dict[str, float]]] = {"bias": {"weight_decay": 0.0}}
 
-    def __init__(self, dim: int, *, causal: bool, sides: Sequence[int], taps: Sequence[tuple[int, ...]]) -> None:
+    def __init__(
+        self, dim: int, *, causal: bool, sides: Sequence[int], taps: Sequence[tuple[int, ...]], relu: bool
+    ) -> None:
         super().__init__(dim, causal=causal)
-        self.sides, self.taps = tuple(sides), list(taps)
+        self.sides, self.taps, self.relu = tuple(sides), list(taps), relu
         strides = [1]
         for side in reversed(self.sides):
             strides.append(strides[-1] * side)
@@ -78,6 +83,8 @@ class MaskedConv(Mixer):
     def mix(self, x: Tensor, state: State, layout: Layout | None) -> tuple[Tensor, State]:
         """``(B, L, D)`` to ``(B, L, D)``; the state is ``(tail (B, reach, D), passed (B,))``."""
         batch, length, _ = x.shape
+        if self.relu:
+            x = x.relu()
         if state is None:
             tail, passed = x.new_zeros(batch, self.reach, self.dim), x.new_zeros(batch, dtype=torch.int64)
         else:
@@ -141,15 +148,16 @@ class MaskedConv2d(MaskedConv):
         causal: always true.
         width: tokens in a row of the grid.
         radius: R, rows above and columns to either side.
+        relu: negative inputs count as nothing.
 
     Raises:
         ValueError: a radius below 1 or a row narrower than two radii.
     """
 
-    def __init__(self, dim: int, *, causal: bool = True, width: int = 16, radius: int = 2) -> None:
+    def __init__(self, dim: int, *, causal: bool = True, width: int = 16, radius: int = 2, relu: bool = False) -> None:
         if radius < 1 or width <= 2 * radius:
             raise ValueError(f"masked_conv2d needs radius >= 1 and width > 2 * radius, got {radius} and {width}")
-        super().__init__(dim, causal=causal, sides=(width,), taps=above(radius))
+        super().__init__(dim, causal=causal, sides=(width,), taps=above(radius), relu=relu)
         self.width, self.radius = width, radius
 
 
@@ -169,13 +177,22 @@ class MaskedConv3d(MaskedConv):
         height, width: rows of a frame, and tokens in a row.
         frames: how many frames back.
         radius: R, in the own frame rows above and columns to either side, in earlier frames rows and columns to every side.
+        relu: negative inputs count as nothing.
 
     Raises:
         ValueError: no frame back, a radius below 1, or a frame with a side no longer than two radii.
     """
 
     def __init__(
-        self, dim: int, *, causal: bool = True, height: int = 8, width: int = 8, frames: int = 1, radius: int = 1
+        self,
+        dim: int,
+        *,
+        causal: bool = True,
+        height: int = 8,
+        width: int = 8,
+        frames: int = 1,
+        radius: int = 1,
+        relu: bool = False,
     ) -> None:
         if frames < 1 or radius < 1 or min(height, width) <= 2 * radius:
             raise ValueError(
@@ -184,5 +201,5 @@ class MaskedConv3d(MaskedConv):
         around = range(-radius, radius + 1)
         earlier = [(dt, dr, dc) for dt in range(1, frames + 1) for dr in around for dc in around]
         taps = [*earlier, *((0, *tap) for tap in above(radius))]
-        super().__init__(dim, causal=causal, sides=(height, width), taps=taps)
+        super().__init__(dim, causal=causal, sides=(height, width), taps=taps, relu=relu)
         self.height, self.width, self.frames, self.radius = height, width, frames, radius

@@ -41,7 +41,7 @@ class PixelModality(Modality):
         size: ``[H, W]`` (of a video ``[F, H, W]``), any sizes.
         channels: numbers of a pixel, 1 (grey) or 3 (RGB).
         order: scan order, see :func:`mmlong.layout.scan_order`.
-        bands: octaves of the Fourier position features.
+        bands: octaves of the Fourier position features; 0 for a model that is not told where a pixel is.
 
     Attributes:
         image: shape ``(C, *size)`` of an image.
@@ -64,6 +64,8 @@ class PixelModality(Modality):
             raise ValueError(f"the size of {self.thing} is [{', '.join(self.axes)}], got {list(size)}")
         if channels < 1:
             raise ValueError(f"{self.thing} has at least 1 channel, got {channels}")
+        if bands < 0:
+            raise ValueError(f"bands, octaves of the position features, are at least 0, got {bands}")
         self.size = tuple(int(n) for n in size)
         self.image = (channels, *self.size)
         self.order = order
@@ -72,7 +74,7 @@ class PixelModality(Modality):
         self.register_buffer("inverse_index", torch.argsort(index), persistent=False)
         cells = torch.stack(torch.unravel_index(index, self.size), dim=-1)
         self.register_buffer("features", fourier_features(cells, self.size, bands), persistent=False)
-        self.place = nn.Linear(self.features.shape[-1], dim, bias=False)
+        self.place = nn.Linear(self.features.shape[-1], dim, bias=False) if bands else None
 
     @property
     def pixels(self) -> int:
@@ -129,6 +131,8 @@ class PixelModality(Modality):
         if index is None and length != self.pixels:
             raise ValueError(f"this model embeds whole {self.kind}s of {self.pixels} {self.unit}s, got {length}")
         features = self.features[None] if index is None else self.features[index]
+        if self.place is None:
+            return features.new_zeros(*features.shape[:-1], 1, dtype=next(self.parameters()).dtype)
         return self.place(features.to(self.place.weight.dtype))
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -88,6 +89,41 @@ def test_documents_begin_a_raster_of_their_own(name: str, options: dict[str, int
     y, state = mixer(torch.cat([a, b], 1), None, Layout(resets=resets))
     torch.testing.assert_close(y, torch.cat([mixer(a)[0], mixer(b)[0]], 1))
     torch.testing.assert_close(state, mixer(b)[1], msg="the state has nothing of the document before")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("masked_conv2d", {"width": 5}), ("masked_conv3d", {"height": 3, "width": 4, "frames": 2})]
+)
+@pytest.mark.parametrize("relu", [False, True])
+def test_whole_rasters_are_what_pieces_of_any_length_make(name: str, options: dict[str, int], relu: bool) -> None:
+    """Whole, it is one convolution, in pieces one tap after another."""
+    torch.manual_seed(0)
+    mixer = create_mixer(name, 4, relu=relu, **options).double()
+    torch.nn.init.normal_(mixer.bias)
+    x = torch.randn(3, 63, 4, dtype=torch.float64, requires_grad=True)
+    y, state = mixer(x)
+    torch.testing.assert_close(y, create_mixer_without_relu(mixer)(x.relu() if relu else x)[0])
+    parts, last = [], None
+    for piece in x.split([1, 1, 7, 40, 14], 1):
+        part, last = mixer(piece, last)
+        parts.append(part)
+    z = torch.cat(parts, 1)
+    torch.testing.assert_close(y, z)
+    torch.testing.assert_close(state, last)
+    weight = torch.randn_like(y)
+    for wanted in (x, mixer.weight):
+        torch.testing.assert_close(*(torch.autograd.grad((each * weight).sum(), wanted, retain_graph=True) for each in (y, z)))  # fmt: skip
+    layout = Layout(lengths=torch.tensor([63, 0, 31]))
+    padded, left = mixer(x, None, layout)
+    torch.testing.assert_close(padded[2, :31], y[2, :31])
+    torch.testing.assert_close(tuple(t[2:] for t in left), mixer(x[2:, :31])[1])
+    assert left[1].tolist() == [63, 0, 31]
+
+
+def create_mixer_without_relu(mixer: Any) -> Any:
+    plain = copy.deepcopy(mixer)
+    plain.relu = False
+    return plain
 
 
 def test_a_row_must_be_wider_than_the_neighbourhood() -> None:

@@ -169,3 +169,16 @@ def test_palettes_are_fitted_to_images() -> None:
         fit_palette(torch.rand(1, 3, 8, 8), 4)
     with pytest.raises(ValueError, match=r"\(N, C, H, W\), got \(3, 8, 8\)"):
         fit_palette(torch.zeros(3, 8, 8, dtype=torch.uint8), 4)
+
+
+@pytest.mark.parametrize("name", ["image", "image_bytes"])
+def test_without_bands_nobody_is_told_where_a_pixel_is(name: str) -> None:
+    modality = create_modality(name, 8, size=[4, 5], channels=3, bands=0)
+    raw = torch.full((2, 3, 4, 5), 7, dtype=torch.uint8)
+    tokens, layout = modality.encode(raw)
+    x = modality.embed(tokens, layout)
+    pixels = x.unflatten(1, (20, -1))
+    torch.testing.assert_close(pixels, pixels[:, :1].expand_as(pixels))
+    assert not any("place" in key for key in modality.state_dict())
+    with pytest.raises(ValueError, match="bands.*at least 0, got -1"):
+        create_modality(name, 8, size=[4, 5], bands=-1)
