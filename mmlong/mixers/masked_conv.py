@@ -11,6 +11,8 @@ state that has come all the way round a row keeps only roughly.
 ``masked_conv3d`` is the same with frames as a third axis: of the own frame the taps above, and of each of the last ``frames`` frames the whole square around the pixel, which shows where things were and so how they
 move. (Video Pixel Networks, Kalchbrenner et al. 2016, arXiv 1610.00527, know earlier frames by an encoder of whole frames instead, which does not stream pixel by pixel.)
 
+Where both sides may be seen nothing is masked: the taps are the whole square (or cube) around the pixel, one convolution and no state.
+
 With ``relu`` negative inputs count as nothing, as in front of every convolution of the paper's residual blocks.
 
 Departures: the taps are full ``D x D`` matrices without the paper's grouping by colour (a token is a whole pixel here; its colours are the head's business), and the token's own
@@ -19,6 +21,7 @@ position is seen, since an autoregressive model hands in the token before it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -38,9 +41,9 @@ class MaskedConv(Mixer):
 
     Args:
         dim: width D.
-        causal: always true.
+        causal: see :class:`Mixer`.
         sides: extent of the raster's axes but the first, which has no end: ``(width,)`` of images, ``(height, width)`` of videos.
-        taps: ``(..., dr, dc)``, along the axis of columns how far on a tap lies, along the others how far back; none of them later than the token.
+        taps: ``(..., dr, dc)``, along the axis of columns how far on a tap lies, along the others how far back; none of them later than the token if it is causal.
         relu: of the inputs.
     """
 
@@ -56,7 +59,7 @@ class MaskedConv(Mixer):
             strides.append(strides[-1] * side)
         self.strides = strides[::-1]
         self.backs = [self._back(tap) for tap in self.taps]
-        self.reach = max(self.backs)
+        self.reach, self.ahead = max(self.backs), max(0, -min(self.backs))
         self.weight = nn.Parameter(torch.empty(len(self.taps), dim, dim))
         nn.init.uniform_(self.weight, -1, 1)
         with torch.no_grad():
@@ -77,7 +80,9 @@ class MaskedConv(Mixer):
         return inside
 
     def state_bytes(self, length: int) -> int:
-        """The last rows and a counter."""
+        """The last rows and a counter; nothing where both sides are seen."""
+        if not self.causal:
+            return 0
         return 4 * self.reach * self.dim + 8
 
     def mix(self, x: Tensor, state: State, layout: Layout | None) -> tuple[Tensor, State]:
@@ -85,13 +90,16 @@ class MaskedConv(Mixer):
         batch, length, _ = x.shape
         if self.relu:
             x = x.relu()
+        if not self.causal and (valid := None if layout is None else layout.valid(length)) is not None:
+            x = torch.where(valid[..., None], x, 0)
         if state is None:
             tail, passed = x.new_zeros(batch, self.reach, self.dim), x.new_zeros(batch, dtype=torch.int64)
         else:
             tail, passed = state
         whole = state is None and (layout is None or layout.resets is None)
         y = self._raster(x) if whole and length > 1 else self._line(x, tail, passed, layout)
-        return y + self.bias.to(y.dtype), (tail_after(x, tail, layout), counts_after(layout, length, passed))
+        y = y + self.bias.to(y.dtype)
+        return y, (tail_after(x, tail, layout), counts_after(layout, length, passed)) if self.causal else None
 
     def _raster(self, x: Tensor) -> Tensor:
         """Of documents that begin with the piece: a convolution of the raster, whose padding no tap sees. Two to three times as fast as tap by tap."""
@@ -99,9 +107,9 @@ class MaskedConv(Mixer):
         row = self.strides[0]
         rows = -(-length // row)
         raster = F.pad(x, (0, 0, 0, rows * row - length)).view(batch, rows, *self.sides, self.dim).movedim(-1, 1)
-        # Axes but the first, whose taps lie back only, have taps on both sides.
+        # Causal, the taps of the first axis lie back only.
         reach = [max(abs(tap[axis]) for tap in self.taps) for axis in range(axes)]
-        extents = [reach[0] + 1, *(2 * r + 1 for r in reach[1:])]
+        extents = [reach[0] + 1 if self.causal else 2 * reach[0] + 1, *(2 * r + 1 for r in reach[1:])]
         places = [
             [reach[axis] + (step if axis == axes - 1 else -step) for axis, step in enumerate(tap)] for tap in self.taps
         ]
@@ -115,13 +123,17 @@ class MaskedConv(Mixer):
     def _line(self, x: Tensor, tail: Tensor, passed: Tensor, layout: Layout | None) -> Tensor:
         """Of any piece: tap by tap, each where it lies in the pixel's own document."""
         length = x.shape[1]
-        line = torch.cat([tail.to(x.dtype), x], 1)
+        line = torch.cat([tail.to(x.dtype), x, x.new_zeros(x.shape[0], self.ahead, self.dim)], 1)
         index = document_index(passed, length, layout)  # (B or 1, L): tokens of the document before each
+        documents = layout.documents() if self.ahead and layout is not None else None
         y: Tensor | None = None
         for tap, back, weight in zip(self.taps, self.backs, self.weight, strict=True):
             found = line[:, self.reach - back : self.reach - back + length] @ weight.to(x.dtype)
             if back:
-                found = found * self._inside(index, tap, back)[..., None].to(found.dtype)
+                inside = self._inside(index, tap, back)
+                if back < 0 and documents is not None:
+                    inside = inside & (F.pad(documents, (0, -back), value=-1)[:, -back:] == documents)
+                found = found * inside[..., None].to(found.dtype)
             y = found if y is None else y + found
         assert y is not None
         return y
@@ -136,16 +148,17 @@ def above(radius: int) -> list[tuple[int, int]]:
 @register_mixer(
     "masked_conv2d",
     paper="van den Oord et al. 2016, arXiv 1601.06759",
+    bidirectional=True,
     state="constant",
     cost="n",
-    note="full matrices as taps, no colour grouping; rows are `width` tokens of the sequence, in raster order",
+    note="full matrices as taps, no colour grouping; rows are `width` tokens of the sequence, in raster order; both sides: the whole square, no mask",
 )
 class MaskedConv2d(MaskedConv):
-    """A causal neighbourhood on a raster.
+    """A neighbourhood on a raster.
 
     Args:
         dim: width D.
-        causal: always true.
+        causal: what comes before, or the whole square.
         width: tokens in a row of the grid.
         radius: R, rows above and columns to either side.
         relu: negative inputs count as nothing.
@@ -157,23 +170,27 @@ class MaskedConv2d(MaskedConv):
     def __init__(self, dim: int, *, causal: bool = True, width: int = 16, radius: int = 2, relu: bool = False) -> None:
         if radius < 1 or width <= 2 * radius:
             raise ValueError(f"masked_conv2d needs radius >= 1 and width > 2 * radius, got {radius} and {width}")
-        super().__init__(dim, causal=causal, sides=(width,), taps=above(radius), relu=relu)
+        taps: list[tuple[int, ...]] = (
+            [*above(radius)] if causal else [*itertools.product(range(-radius, radius + 1), repeat=2)]
+        )
+        super().__init__(dim, causal=causal, sides=(width,), taps=taps, relu=relu)
         self.width, self.radius = width, radius
 
 
 @register_mixer(
     "masked_conv3d",
     paper="after van den Oord et al. 2016, arXiv 1601.06759",
+    bidirectional=True,
     state="constant",
     cost="n",
-    note="the paper's mask on a raster with frames as a third axis; full matrices as taps; frames are `height * width` tokens of the sequence, in raster order",
+    note="the paper's mask on a raster with frames as a third axis; full matrices as taps; frames are `height * width` tokens of the sequence, in raster order; both sides: the whole cuboid, no mask",
 )
 class MaskedConv3d(MaskedConv):
-    """A causal neighbourhood on the raster of a video.
+    """A neighbourhood on the raster of a video.
 
     Args:
         dim: width D.
-        causal: always true.
+        causal: what comes before, or the whole cuboid.
         height, width: rows of a frame, and tokens in a row.
         frames: how many frames back.
         radius: R, in the own frame rows above and columns to either side, in earlier frames rows and columns to every side.
@@ -201,5 +218,7 @@ class MaskedConv3d(MaskedConv):
         around = range(-radius, radius + 1)
         earlier = [(dt, dr, dc) for dt in range(1, frames + 1) for dr in around for dc in around]
         taps = [*earlier, *((0, *tap) for tap in above(radius))]
+        if not causal:
+            taps = [*itertools.product(range(-frames, frames + 1), around, around)]
         super().__init__(dim, causal=causal, sides=(height, width), taps=taps, relu=relu)
         self.height, self.width, self.frames, self.radius = height, width, frames, radius

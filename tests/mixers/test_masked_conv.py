@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -124,6 +125,47 @@ def create_mixer_without_relu(mixer: Any) -> Any:
     plain = copy.deepcopy(mixer)
     plain.relu = False
     return plain
+
+
+@pytest.mark.parametrize(("height", "width", "radius"), [(7, 9, 1), (6, 11, 3)])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.oracle("torch: conv2d", "masked_conv2d")
+def test_of_both_sides_it_is_a_convolution(held: Any, height: int, width: int, radius: int, batch: int) -> None:
+    torch.manual_seed(0)
+    mixer = create_mixer("masked_conv2d", 6, causal=False, width=width, radius=radius).double()
+    torch.nn.init.normal_(mixer.bias)
+    square = torch.nn.Conv2d(6, 6, 2 * radius + 1, padding=radius).double()
+    with torch.no_grad():
+        # A tap says how far back a row lies and how far on a column.
+        square.weight.copy_(mixer.weight.unflatten(0, (2 * radius + 1, -1)).flip(0).permute(3, 2, 0, 1))
+        square.bias.copy_(mixer.bias)
+    x = torch.randn(batch, height * width, 6, dtype=torch.float64, requires_grad=True)
+    wanted = square(x.transpose(1, 2).unflatten(2, (height, width))).flatten(2).transpose(1, 2)
+    y, state = mixer(x)
+    held(x, (y, None), (wanted, None))
+    torch.testing.assert_close(y, wanted)
+    assert state is None
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("masked_conv2d", {"width": 5}), ("masked_conv3d", {"height": 3, "width": 4, "frames": 2})]
+)
+def test_of_both_sides_documents_and_padding_stay_apart(name: str, options: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    mixer = create_mixer(name, 4, causal=False, **options).double()
+    x = torch.randn(2, 63, 4, dtype=torch.float64)
+    resets = torch.zeros(2, 63, dtype=torch.bool)
+    resets[0, 20] = resets[1, 0] = resets[1, 31] = True
+    lengths = torch.tensor([50, 57])
+    far = x.clone()
+    far[0, 50:], far[1, 57:] = 1e6, torch.nan
+    y, _ = mixer(far, None, Layout(lengths=lengths, resets=resets))
+    for row, bounds in ((0, [0, 20, 50]), (1, [0, 31, 57])):
+        for i, j in itertools.pairwise(bounds):
+            torch.testing.assert_close(y[row : row + 1, i:j], mixer(x[row : row + 1, i:j])[0])
+    z, _ = mixer(far, None, Layout(lengths=lengths))
+    torch.testing.assert_close(z[:1, :50], mixer(x[:1, :50])[0])
+    torch.testing.assert_close(z[1:, :57], mixer(x[1:, :57])[0])
 
 
 def test_a_row_must_be_wider_than_the_neighbourhood() -> None:
