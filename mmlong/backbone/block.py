@@ -37,7 +37,7 @@ class Block(nn.Module):
         drop_path: chance that a sample skips a branch in training.
         layer_scale: initial scale of each branch, or ``None`` for no scaling.
         norm_eps: of the norms.
-        norm: ``layer``, ``rms``, ``rms_offset`` or ``group`` (:mod:`mmlong.backbone.norms`).
+        norm: ``layer``, ``rms``, ``rms_offset``, ``group`` or ``batch`` (:mod:`mmlong.backbone.norms`).
         norm_after: norm what a branch was added to, and not what a branch reads.
     """
 

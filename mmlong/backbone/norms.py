@@ -1,14 +1,15 @@
 """Norms by name: what brings tokens to one size before a branch reads them.
 
-Three of them over the channels of one token, and one over all tokens of a document::
+Three of them over the channels of one token, one over all tokens of a document, one over all tokens of a batch::
 
     layer         (x - mean) / sqrt(variance + eps) * weight + bias       Ba et al. 2016, arXiv 1607.06450
     rms           x / sqrt(mean(x^2) + eps) * weight                      Zhang & Sennrich 2019, arXiv 1910.07467
     rms_offset    the same with 1 + weight, which starts at 0 and is what weight decay draws to 0: Gemma's
     group         layer's formula over the tokens of a document and a group of channels: Wu & He 2018, arXiv 1803.08494
+    batch         layer's formula over the tokens of a batch, each channel by itself; in evaluation with running means: Ioffe & Szegedy 2015, arXiv 1502.03167
 
-The first three make every token as loud as every other. ``group`` keeps what is faint faint beside what is bright, which pictures of lines on nothing need, and sees both sides: for backbones that are not causal. Models of the
-Long Range Arena's pictures (S4, S5) have batch norm for this, which needs the statistics of a batch and running means.
+The first three make every token as loud as every other. The last two keep what is faint faint beside what is bright, and see both sides: for backbones that are not causal. Pathfinder's lines on nothing are not learned with the first three, slowly with
+``group`` and at once with ``batch`` (experiments/README), which the published models of the Long Range Arena's pictures have (S4, Gu et al. 2022; S5, Smith et al. 2023).
 """
 
 from __future__ import annotations
@@ -94,6 +95,33 @@ class DocumentGroupNorm(nn.Module):
         normed = apart * torch.rsqrt(mean(apart.square().sum(-1)) + self.eps)[..., None]
         y = normed.flatten(2) * self.weight + self.bias
         return (y if valid is None else torch.where(valid[..., None], y, 0)).to(x.dtype)
+
+
+@NORMS.register("batch")
+class TokenBatchNorm(nn.BatchNorm1d):
+    """Batch norm of tokens, those of padding left out. Statistics are of the rank's own rows; a batch that is accumulated in parts has those of each part.
+
+    Args:
+        dim: width D.
+        eps: under the root.
+    """
+
+    two_sided: ClassVar[bool] = True
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__(dim, eps)
+
+    def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
+        """``(B, L, D)`` to ``(B, L, D)``.
+
+        Raises:
+            ValueError: a batch of one token in training.
+        """
+        valid = None if layout is None or not self.training else layout.valid(x.shape[1])
+        if valid is None:
+            # Not as a picture one pixel wide: torch 2.14.1's backward of that is wrong for tokens whose channels lie side by side.
+            return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
+        return torch.zeros_like(x).index_put((valid,), super().forward(x[valid]).to(x.dtype))
 
 
 def create_norm(name: str, dim: int, eps: float) -> nn.Module:

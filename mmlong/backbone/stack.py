@@ -46,7 +46,7 @@ class BackboneConfig:
         dropout: after each residual branch.
         drop_path: chance of skipping a branch at the last block, rising linearly with depth.
         layer_scale: initial scale of each branch, or null for none.
-        norm: of the blocks, between stages and behind all: ``layer``, ``rms``, ``rms_offset``, or, where nothing is causal, ``group`` (:mod:`mmlong.backbone.norms`); levels and other parts have layer norms of their own.
+        norm: of the blocks, between stages and behind all: ``layer``, ``rms``, ``rms_offset``, or, where nothing is causal, ``group`` or ``batch`` (:mod:`mmlong.backbone.norms`); levels and other parts have layer norms of their own.
         norm_eps: of those norms.
         norm_after: blocks norm what they have added to, as BERT's do, in place of what they read.
         norm_in: a layer norm of the tokens before the first block, as BERT and RWKV have.
@@ -129,7 +129,11 @@ class Backbone(nn.Module):
             raise ValueError("a pooled token has seen its whole group: use direction alternate or both with pool")
         if config.direction == "causal" and getattr(NORMS[config.norm], "two_sided", False):
             raise ValueError(
-                f"backbone.norm: {config.norm} is of all tokens of a document, later ones too: use direction alternate or both, or norm: layer"
+                f"backbone.norm: {config.norm} is of many tokens together, later ones too: use direction alternate or both, or norm: layer"
+            )
+        if issubclass(NORMS[config.norm], nn.BatchNorm1d) and (config.reversible or config.checkpoint):
+            raise ValueError(
+                f"backbone.norm: {config.norm} would count a batch twice where activations are computed again: set reversible and checkpoint to false, or take norm: group"
             )
         if config.reversible and config.checkpoint:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Group norm of documents: torch's own where a row is one document, and each document as if alone where it is not."""
+"""Group norm of documents: torch's own where a row is one document, and each document as if alone where it is not. Batch norm of tokens: torch's, of all that is no padding."""
 
 from __future__ import annotations
 
@@ -88,9 +88,44 @@ def test_between_stages_too_padding_does_not_matter() -> None:
     torch.testing.assert_close(y[:, :6], backbone(x)[0])
 
 
-def test_a_causal_backbone_refuses_it() -> None:
-    with pytest.raises(ValueError, match=r"norm: group is of all tokens.*alternate or both"):
-        Backbone(BackboneConfig(dim=16, norm="group"))
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_a_causal_backbone_refuses_it(norm: str) -> None:
+    with pytest.raises(ValueError, match=rf"norm: {norm} is of many tokens.*alternate or both"):
+        Backbone(BackboneConfig(dim=16, norm=norm))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_batch_norm_is_torchs_of_all_tokens_but_padding(batch: int, padded: bool) -> None:
+    torch.manual_seed(0)
+    ours, theirs = create_norm("batch", 6, 1e-5).double(), torch.nn.BatchNorm1d(6).double()
+    torch.nn.init.normal_(ours.weight)
+    theirs.load_state_dict(ours.state_dict())
+    x = 3 + 2 * torch.randn(batch, 63, 6, dtype=torch.float64, requires_grad=True)
+    valid = torch.ones(batch, 63, dtype=torch.bool)
+    layout = None
+    if padded:
+        lengths = torch.tensor([63, 0, 20])[-batch:]
+        layout = Layout(lengths=lengths)
+        valid = layout.valid(63)
+    far = torch.where(valid[..., None], x, torch.nan)
+    y = ours(far, layout)
+    wanted = theirs(x[valid])
+    torch.testing.assert_close(y[valid], wanted)
+    assert (y[~valid] == 0).all()
+    weight = torch.randn_like(wanted)
+    found, expected = (torch.autograd.grad((each * weight).sum(), x)[0] for each in (y[valid], wanted))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+    torch.testing.assert_close(ours.eval()(x, layout)[valid], theirs.eval()(x[valid]))
+    alone = ours(x[:1, :7])
+    torch.testing.assert_close(alone, ours(x)[:1, :7], msg="in evaluation a token is alone")
+
+
+@pytest.mark.parametrize("option", ["reversible", "checkpoint"])
+def test_batch_norm_is_not_computed_twice(option: str) -> None:
+    with pytest.raises(ValueError, match="count a batch twice"):
+        Backbone(BackboneConfig(dim=16, norm="batch", direction="both", **{option: True}))
 
 
 @pytest.mark.parametrize("name", sorted(NORMS.names()))
