@@ -77,7 +77,7 @@ def test_a_grid_is_trained_kept_and_gone_on_with(pretender: Pretender, mmlong: C
     assert "60.0" in Path("t.md").read_text()
     assert Path("p.png").is_file()
     cells = Results.load(Path("f.json")).cells.values()
-    assert {(c.steps, c.samples) for c in cells if c.task == "lra/pathfinder32"} == {(360, 360 * 32)}
+    assert {(c.steps, c.samples) for c in cells if c.task == "lra/pathfinder32"} == {(360, 360 * 64)}
     assert [c.curve[-1][1] for c in cells] == [0.6] * 8
     again, said = mmlong(*words)
     assert again == 0
@@ -159,7 +159,7 @@ def test_batches_that_are_accumulated_count(pretender: Pretender, tmp_path: Path
     more = {"trainer.accumulate_grad_batches": 4, "trainer.val_check_interval": 7}
     for given, checks in ((more, 7), ({"trainer.accumulate_grad_batches": 4}, 60)):
         cell = train(TASKS["lra/pathfinder32"], "default", "cpu", 1, 1.0, None, tmp_path / str(checks), given)
-        assert cell.samples == 120 * 32 * 4
+        assert cell.samples == 120 * 64 * 4
         assert f"--trainer.val_check_interval={checks}" in pretender.ran[-1], "in batches, and the user's own wins"
         assert sum(word.startswith("--trainer.val_check_interval") for word in pretender.ran[-1]) == 1
 
@@ -259,4 +259,4 @@ def test_one_for_real(mixer: str, mmlong: Call, tmp_path: Path, monkeypatch: pyt
     assert cell.accuracy is not None
     config = json.loads((tmp_path / f"runs/arena/lra/pathfinder32/debug/{mixer}-0/config.json").read_text())
     mixers = config["backbone"]["mixers"]
-    assert (mixers[1][1] if mixer == "s4d" else mixers[0])["name"] == ("s4d" if mixer == "s4d" else "attention")
+    assert (mixers[1][-1] if mixer == "s4d" else mixers[0])["name"] == ("s4d" if mixer == "s4d" else "attention")
