@@ -8,7 +8,7 @@ Three of them over the channels of one token, one over all tokens of a document,
     group         layer's formula over the tokens of a document and a group of channels: Wu & He 2018, arXiv 1803.08494
     batch         layer's formula over the tokens of a batch, each channel by itself; in evaluation with running means: Ioffe & Szegedy 2015, arXiv 1502.03167
 
-The first three make every token as loud as every other. The last two keep what is faint faint beside what is bright, and see both sides: for backbones that are not causal. Pathfinder's lines on nothing are not learned with the first three, slowly with
+The first three make every token as loud as every other. The last two keep what is faint faint beside what is bright, and see both sides: for backbones that are not causal. Pathfinder's lines on nothing were learned late or not with ``layer``, slowly with
 ``group`` and at once with ``batch`` (experiments/README), which the published models of the Long Range Arena's pictures have (S4, Gu et al. 2022; S5, Smith et al. 2023).
 """
 

@@ -189,7 +189,7 @@ class Backbone(nn.Module):
             specs = [mixers[s][i % len(mixers[s])] for i in range(depths[s])]
             self.stages.append(nn.ModuleList(make(spec, dims[s], ratios[s]) for spec in specs))
             if s + 1 < stages:
-                merge = Merge(config.pool[s], dims[s], dims[s + 1], norm=config.norm)
+                merge = Merge(config.pool[s], dims[s], dims[s + 1], config.norm_eps, config.norm)
                 self.merges.append(merge)
                 self.stride *= merge.k
         if any(getattr(part, "tokens_out", None) is not None for part in self.parts()[:-1]):

@@ -139,7 +139,12 @@ class MaskedConv(Mixer):
         return y
 
 
-def above(radius: int) -> list[tuple[int, int]]:
+def everywhere(*reach: int) -> list[tuple[int, ...]]:
+    """Taps on both sides along every axis, as far as its reach."""
+    return list(itertools.product(*(range(-r, r + 1) for r in reach)))
+
+
+def above(radius: int) -> list[tuple[int, ...]]:
     """Taps ``(dr, dc)`` of a picture: the rows above, and of the own row what is to the left, the token itself last."""
     rows = [(dr, dc) for dr in range(1, radius + 1) for dc in range(-radius, radius + 1)]
     return [*rows, *((0, dc) for dc in range(-radius, 1))]
@@ -170,9 +175,7 @@ class MaskedConv2d(MaskedConv):
     def __init__(self, dim: int, *, causal: bool = True, width: int = 16, radius: int = 2, relu: bool = False) -> None:
         if radius < 1 or width <= 2 * radius:
             raise ValueError(f"masked_conv2d needs radius >= 1 and width > 2 * radius, got {radius} and {width}")
-        taps: list[tuple[int, ...]] = (
-            [*above(radius)] if causal else [*itertools.product(range(-radius, radius + 1), repeat=2)]
-        )
+        taps = above(radius) if causal else everywhere(radius, radius)
         super().__init__(dim, causal=causal, sides=(width,), taps=taps, relu=relu)
         self.width, self.radius = width, radius
 
@@ -215,10 +218,8 @@ class MaskedConv3d(MaskedConv):
             raise ValueError(
                 f"masked_conv3d needs frames >= 1, radius >= 1 and height and width > 2 * radius, got {frames}, {radius}, {height} and {width}"
             )
-        around = range(-radius, radius + 1)
-        earlier = [(dt, dr, dc) for dt in range(1, frames + 1) for dr in around for dc in around]
-        taps = [*earlier, *((0, *tap) for tap in above(radius))]
-        if not causal:
-            taps = [*itertools.product(range(-frames, frames + 1), around, around)]
+        taps = everywhere(frames, radius, radius)
+        if causal:
+            taps = [*(tap for tap in taps if tap[0] > 0), *((0, *tap) for tap in above(radius))]
         super().__init__(dim, causal=causal, sides=(height, width), taps=taps, relu=relu)
         self.height, self.width, self.frames, self.radius = height, width, frames, radius

@@ -132,7 +132,7 @@ class PixelModality(Modality):
             raise ValueError(f"this model embeds whole {self.kind}s of {self.pixels} {self.unit}s, got {length}")
         features = self.features[None] if index is None else self.features[index]
         if self.place is None:
-            return features.new_zeros(*features.shape[:-1], 1, dtype=next(self.parameters()).dtype)
+            return next(self.parameters()).new_zeros(1).expand(*features.shape[:-1], self.dim)
         return self.place(features.to(self.place.weight.dtype))
 
     @classmethod

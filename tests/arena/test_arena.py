@@ -40,6 +40,18 @@ def test_another_mixer_fits_every_recipe(mixer: str | dict) -> None:
         Backbone(BackboneConfig(**swapped))
 
 
+@pytest.mark.parametrize("size", [32, 64, 128, 256])
+def test_the_paper_has_the_benchmarks_own_pictures_and_transformer(size: int) -> None:
+    """And nothing of what the recipe underneath has for its few minutes."""
+    config = load_recipes(TASKS[f"lra/pathfinder{size}"].recipes("paper"))
+    data, model = config["data"]["init_args"], config["model"]["init_args"]
+    assert data["train_count"] == 160_000
+    assert not data.get("train_paddles")
+    assert not data["augment"]
+    assert model["backbone"]["norm"] == "layer"
+    assert model["modality"]["bands"] == 6
+
+
 def test_swapping_in_parts() -> None:
     parts = [{"name": "mamba2", "repeat": 2, "expand": 1}, {"pool": 4, "parts": ["mamba2", "masked_conv2d"]}, "up"]
     found = swap_mixer({"dim": 8, "parts": parts}, {"name": "s4d", "d_state": 4})

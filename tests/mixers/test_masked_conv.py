@@ -103,7 +103,7 @@ def test_whole_rasters_are_what_pieces_of_any_length_make(name: str, options: di
     torch.nn.init.normal_(mixer.bias)
     x = torch.randn(3, 63, 4, dtype=torch.float64, requires_grad=True)
     y, state = mixer(x)
-    torch.testing.assert_close(y, create_mixer_without_relu(mixer)(x.relu() if relu else x)[0])
+    torch.testing.assert_close(y, without_relu(mixer)(x.relu() if relu else x)[0])
     parts, last = [], None
     for piece in x.split([1, 1, 7, 40, 14], 1):
         part, last = mixer(piece, last)
@@ -121,7 +121,7 @@ def test_whole_rasters_are_what_pieces_of_any_length_make(name: str, options: di
     assert left[1].tolist() == [63, 0, 31]
 
 
-def create_mixer_without_relu(mixer: Any) -> Any:
+def without_relu(mixer: Any) -> Any:
     plain = copy.deepcopy(mixer)
     plain.relu = False
     return plain
