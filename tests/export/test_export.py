@@ -429,6 +429,12 @@ def test_a_missing_compiler_or_package_is_named(tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == []
 
 
+def test_rows_of_any_number_are_one_program(tmp_path: Path) -> None:
+    model = build("text", [CONV], {"name": "classify", "num_classes": 3})
+    export_model(model, tmp_path / "out")
+    predicts_as(model, tmp_path / "out", [(1, 2), (2, 6), (3, 37)])
+
+
 @slow
 def test_a_package_that_is_compiled(tmp_path: Path) -> None:
     if shutil.which(os.environ.get("CXX", "g++")) is None:
