@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mmlong.backbone.parts import name_and_times
+
 SIZES = ("debug", "cpu", "paper")
 KEPT = frozenset({"masked_conv2d"})
 """Mixers of a recipe that are no sequence mixer of its kind: they stay where another is tried."""
@@ -132,5 +134,9 @@ def _swap(entry: Any, mixer: Any) -> tuple[Any, int]:
         some = [_swap(each, mixer) for each in entry]
         return [value for value, _ in some], sum(count for _, count in some)
     if isinstance(entry, str):
-        return (entry, 0) if entry in KEPT or entry == "up" else (copy.deepcopy(mixer), 1)
+        if entry == "up" or entry.startswith("pool ") or (named := name_and_times(entry))[0] in KEPT:
+            return entry, 0
+        if named[1] == 1:
+            return copy.deepcopy(mixer), 1
+        return {**({"name": mixer} if isinstance(mixer, str) else mixer), "repeat": named[1]}, 1
     return entry, 0

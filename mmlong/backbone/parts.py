@@ -66,7 +66,7 @@ MakeBlock = Callable[..., nn.Module]
 def count_blocks(spec: Any) -> int:
     """Blocks of a part or list of parts, however deep."""
     if isinstance(spec, str):
-        return _repeated(spec)[1]
+        return name_and_times(spec)[1]
     if isinstance(spec, Mapping):
         if "parts" in spec:
             return sum(map(count_blocks, spec["parts"]))
@@ -89,8 +89,7 @@ def make_parts(spec: Sequence[Any], dim: int, make: MakeBlock) -> list[nn.Module
     found: list[nn.Module] = []
     for part in spec:
         if isinstance(part, str):
-            name, times = _repeated(part)
-            found += [make(name, dim) for _ in range(times)]
+            found += [make(mixer, dim) for mixer in repeated(part)]
             continue
         if not isinstance(part, Mapping):
             written = _level(part)
@@ -98,9 +97,7 @@ def make_parts(spec: Sequence[Any], dim: int, make: MakeBlock) -> list[nn.Module
                 raise ValueError(f"backbone.parts: {part!r} is no part; a level is [pool K, [parts], up]")
             part = written
         if "name" in part:
-            options = dict(part)
-            times = int(options.pop("repeat", 1))
-            found += [make(dict(options), dim) for _ in range(times)]
+            found += [make(mixer, dim) for mixer in repeated(part)]
         else:
             found.append(_nested(part, dim, make))
     return found
@@ -135,11 +132,24 @@ def _nested(part: Mapping[str, Any], dim: int, make: MakeBlock) -> nn.Module:
     return make_part(kind, part[kind], dim, inner, width, options)
 
 
-def _repeated(text: str) -> tuple[str, int]:
-    """``NAME x N`` or ``NAME``."""
+def repeated(mixer: Any) -> list[Any]:
+    """A mixer as often as it says: ``NAME x N``, or a mapping with ``repeat``."""
+    if isinstance(mixer, str):
+        name, times = name_and_times(mixer)
+        return [name] * times
+    if not isinstance(mixer, Mapping):
+        return [mixer]
+    times = mixer.get("repeat", 1)
+    if not isinstance(times, int) or times < 1:
+        raise ValueError(f"backbone: repeat must be a whole number of blocks, at least 1, got {times!r} in {dict(mixer)!r}")  # fmt: skip
+    return [{key: value for key, value in mixer.items() if key != "repeat"} for _ in range(times)]
+
+
+def name_and_times(text: str) -> tuple[str, int]:
+    """Of ``NAME x N`` or ``NAME``."""
     found = re.fullmatch(r"\s*([\w.-]+)(?:\s+x\s+(\d+))?\s*", text)
     if found is None or found[2] == "0":
-        raise ValueError(f"backbone.parts: {text!r} is neither a mixer's name nor NAME x N")
+        raise ValueError(f"backbone: {text!r} is neither a mixer's name nor NAME x N")
     return found[1], int(found[2] or 1)
 
 

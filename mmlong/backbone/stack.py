@@ -21,7 +21,7 @@ from mmlong.backbone.colt5 import CoLT5
 from mmlong.backbone.directions import Direction, create_directed
 from mmlong.backbone.forms import write_form
 from mmlong.backbone.norms import NORMS, create_norm, normed
-from mmlong.backbone.parts import count_blocks, make_parts
+from mmlong.backbone.parts import count_blocks, make_parts, repeated
 from mmlong.backbone.reverse_complement import join_strands, split_strands
 from mmlong.backbone.reversible import ReversibleBlock, reversible_stack
 from mmlong.layout import Layout
@@ -39,7 +39,7 @@ class BackboneConfig:
         pool: how many neighbours become one token between stages (one less than there are stages), or the sides of a patch of the grid that does, as ``2x2`` (:class:`~mmlong.backbone.block.Merge`); empty for a plain stack.
         parts: a list of blocks and levels instead of ``depth`` and ``mixers`` (:mod:`mmlong.backbone.parts`), e.g. ``[mamba2 x 2, [pool 4, [mamba2 x 4], up], mamba2 x 2]``; empty for none.
         form: a published hierarchy by name, or ``{name: ..., option: ...}``, which writes ``parts`` (:mod:`mmlong.backbone.forms`); empty for none.
-        mixers: mixer names, or ``{name: ..., option: ...}``, repeated over depth; or one such list a stage.
+        mixers: mixer names, or ``{name: ..., option: ...}``, repeated over depth; or one such list a stage. ``NAME x N``, and ``repeat: N`` among the options, are one N times.
         direction: ``causal``, ``alternate`` or ``both``; see :mod:`mmlong.backbone.directions`.
         ffn: feed-forward: ``swiglu``, ``mlp``, ``none``; experts, ``switch`` or ``st_moe`` (:mod:`mmlong.backbone.experts`); ``colt5``, a heavy branch for some tokens (:mod:`mmlong.backbone.colt5`); a memory, ``product_key_memory`` (:mod:`mmlong.backbone.product_key_memory`); or ``{name: ..., option: ...}``. A mixer written as a mapping may have its block's own: ``{name: mamba2, ffn: none}``, ``{name: s4, ffn: {name: mlp, ratio: 2}}``.
         ffn_ratio: its hidden width over ``dim``; or one a stage.
@@ -186,7 +186,8 @@ class Backbone(nn.Module):
             if config.parts:
                 self.stages.append(nn.ModuleList(make_parts(config.parts, dims[0], make)))
                 continue
-            specs = [mixers[s][i % len(mixers[s])] for i in range(depths[s])]
+            row = [one for mixer in mixers[s] for one in repeated(mixer)]
+            specs = (row[i % len(row)] for i in range(depths[s]))
             self.stages.append(nn.ModuleList(make(spec, dims[s], ratios[s]) for spec in specs))
             if s + 1 < stages:
                 merge = Merge(config.pool[s], dims[s], dims[s + 1], config.norm_eps, config.norm)

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmlong.backbone import Backbone, BackboneConfig
+from mmlong.backbone.parts import repeated
 from mmlong.models.lora import fold, plain_state
 from mmlong.models.saving import first_lines
 from mmlong.training.checkpoints import newest_whole, read_checkpoint
@@ -121,7 +122,7 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 
     def long_form(mixer: Any) -> Any:
         if isinstance(mixer, list):
-            return [long_form(one) for one in mixer]
+            return [long_form(one) for each in mixer for one in repeated(each)]
         return {"name": mixer} if isinstance(mixer, str) else mixer
 
     full = with_defaults(config)

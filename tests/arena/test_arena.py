@@ -59,6 +59,9 @@ def test_swapping_in_parts() -> None:
         "dim": 8,
         "parts": [{"name": "s4d", "d_state": 4, "repeat": 2}, {"pool": 4, "parts": [{"name": "s4d", "d_state": 4}, "masked_conv2d"]}, "up"],
     }  # fmt: skip
+    assert swap_mixer({"parts": ["masked_conv2d x 2", ["pool 4", ["mamba2 x 3"], "up"]]}, "s4d") == {
+        "parts": ["masked_conv2d x 2", ["pool 4", [{"name": "s4d", "repeat": 3}], "up"]]
+    }
     with pytest.raises(ValueError, match="no sequence mixer"):
         swap_mixer({"mixers": ["masked_conv2d"]}, "s4d")
 

@@ -153,6 +153,15 @@ def test_how_it_is_written() -> None:
     assert rates == pytest.approx([0.2 * n / 7 for n in range(8)])
 
 
+def test_a_stack_says_how_often_too() -> None:
+    conv = {"name": "masked_conv2d", "width": 4, "radius": 1}
+    short = Backbone(BackboneConfig(dim=16, depth=7, mixers=[{**conv, "repeat": 3}, "s4d x 2", "mamba2"]))
+    kinds = [type(block.mixer).__name__ for block in short.blocks()]
+    assert kinds == ["MaskedConv2d"] * 3 + ["S4D"] * 2 + ["Mamba2", "MaskedConv2d"]
+    with pytest.raises(ValueError, match="repeat must be a whole number of blocks, at least 1, got 0"):
+        Backbone(BackboneConfig(dim=16, mixers=[{**conv, "repeat": 0}]))
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
