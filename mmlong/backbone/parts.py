@@ -13,6 +13,7 @@ How each part is written::
     {retro: 64, index: FOLDER}                         what was found for the chunk of 64 tokens before (:mod:`mmlong.backbone.retro`)
     {universal: 6, parts: [...]}                       the same parts up to six times (:mod:`mmlong.backbone.universal`)
     {spacebyte: utf8, dim: 256, parts: [...]}          parts that run where a word ends (:mod:`mmlong.backbone.spacebyte`)
+    {ngrams: [3, 4, 5], rows: 65536}                   the last three, four and five codes, looked up (:mod:`mmlong.backbone.ngrams`)
     {token_learner: 8, parts: [...]}                   eight tokens learned from all (:mod:`mmlong.backbone.token_learner`)
     {charformer: 2, blocks: 4, parts: [...]}           soft blocks of one to four tokens, then half as many (:mod:`mmlong.backbone.charformer`)
     {funnel: 2, parts: [...]}                          queries that are means of two tokens (:mod:`mmlong.backbone.funnel`)
@@ -44,6 +45,7 @@ from mmlong.backbone import (  # noqa: F401  (each registers what it has)
     funnel,
     hierarchy,
     mixture_of_depths,
+    ngrams,
     perceiver,
     perceiver_ar,
     recurrent_memory,

@@ -39,6 +39,7 @@ class BackboneConfig:
         pool: how many neighbours become one token between stages (one less than there are stages), or the sides of a patch of the grid that does, as ``2x2`` (:class:`~mmlong.backbone.block.Merge`); empty for a plain stack.
         parts: a list of blocks and levels instead of ``depth`` and ``mixers`` (:mod:`mmlong.backbone.parts`), e.g. ``[mamba2 x 2, [pool 4, [mamba2 x 4], up], mamba2 x 2]``; empty for none.
         form: a published hierarchy by name, or ``{name: ..., option: ...}``, which writes ``parts`` (:mod:`mmlong.backbone.forms`); empty for none.
+        front: parts before the first block (:mod:`mmlong.backbone.parts`), whatever stages follow, e.g. ``[{ngrams: [3, 4, 5]}]``.
         mixers: mixer names, or ``{name: ..., option: ...}``, repeated over depth; or one such list a stage. ``NAME x N``, and ``repeat: N`` among the options, are one N times.
         direction: ``causal``, ``alternate`` or ``both``; see :mod:`mmlong.backbone.directions`.
         ffn: feed-forward: ``swiglu``, ``mlp``, ``none``; experts, ``switch`` or ``st_moe`` (:mod:`mmlong.backbone.experts`); ``colt5``, a heavy branch for some tokens (:mod:`mmlong.backbone.colt5`); a memory, ``product_key_memory`` (:mod:`mmlong.backbone.product_key_memory`); or ``{name: ..., option: ...}``. A mixer written as a mapping may have its block's own: ``{name: mamba2, ffn: none}``, ``{name: s4, ffn: {name: mlp, ratio: 2}}``.
@@ -63,6 +64,7 @@ class BackboneConfig:
     pool: list[int | str] = field(default_factory=list)
     mixers: list[Any] = field(default_factory=lambda: ["mamba2"])
     parts: list[Any] = field(default_factory=list)
+    front: list[Any] = field(default_factory=list)
     form: str | dict[str, Any] = ""
     direction: Direction = "causal"
     ffn: str | dict[str, Any] = "swiglu"
@@ -159,8 +161,11 @@ class Backbone(nn.Module):
             raise ValueError(
                 "backbone.parts is a stack of its own making: leave pool empty, reversible and reverse_complement false"
             )
+        if config.front and (config.reversible or config.reverse_complement):
+            raise ValueError("backbone.front is of parts that may keep no two streams or strands: leave reversible and reverse_complement false")  # fmt: skip
         self.stride = 1
-        total, index = sum(map(count_blocks, config.parts)) if config.parts else sum(depths), 0
+        total = sum(map(count_blocks, config.parts)) if config.parts else sum(depths)
+        total, index = total + sum(map(count_blocks, config.front)), 0
         self.stages = nn.ModuleList()
         self.merges = nn.ModuleList()
 
@@ -182,13 +187,15 @@ class Backbone(nn.Module):
                 norm_eps=config.norm_eps, norm=config.norm, norm_after=config.norm_after,
             )  # fmt: skip
 
+        front = make_parts(config.front, dims[0], make)
         for s in range(stages):
+            first = front if s == 0 else []
             if config.parts:
-                self.stages.append(nn.ModuleList(make_parts(config.parts, dims[0], make)))
+                self.stages.append(nn.ModuleList([*first, *make_parts(config.parts, dims[0], make)]))
                 continue
             row = [one for mixer in mixers[s] for one in repeated(mixer)]
             specs = (row[i % len(row)] for i in range(depths[s]))
-            self.stages.append(nn.ModuleList(make(spec, dims[s], ratios[s]) for spec in specs))
+            self.stages.append(nn.ModuleList([*first, *(make(spec, dims[s], ratios[s]) for spec in specs)]))
             if s + 1 < stages:
                 merge = Merge(config.pool[s], dims[s], dims[s + 1], config.norm_eps, config.norm)
                 self.merges.append(merge)

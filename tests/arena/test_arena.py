@@ -49,6 +49,8 @@ def test_the_paper_has_the_benchmarks_own_pictures_and_transformer(size: int) ->
     assert not data.get("train_paddles")
     assert not data["augment"]
     assert model["backbone"]["norm"] == "layer"
+    assert model["backbone"]["ffn"] == "mlp"
+    assert model["optim"].get("schedule", "cosine") == "cosine"
     assert model["modality"]["bands"] == 6
 
 

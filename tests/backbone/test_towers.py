@@ -45,6 +45,7 @@ PART_LISTS: dict[str, list[Any]] = {
     "ttm": [LOCAL, {"ttm": 4, "size": 6, "read": 3, "parts": ["attention"]}, "gru"],
     "feedback": ["gru", {"feedback": 2, "window": 7, "heads": 2}],
     "retro": [LOCAL, {"retro": 4, "layers": 1, "heads": 2}, "gru"],
+    "ngrams": [{"ngrams": [1, 3, 4], "rows": 50, "width": 6}, "gru"],
     "spacebyte": [LOCAL, {"spacebyte": "utf8", "parts": ["attention", {"pool": 2, "parts": ["gru"]}]}, "gru"],
 }  # fmt: skip
 

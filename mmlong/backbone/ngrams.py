@@ -1,0 +1,117 @@
+"""N-gram embeddings: each token is told the codes that end with it, several at a time, by tables looked up with a hash.
+
+The hash n-gram embeddings of the Byte Latent Transformer (Pagnoni et al. 2024, arXiv 2412.09871, section 3.2.1). With ``c_t`` the code that token ``t`` was made of, and for each size ``n`` a table ``E_n`` of vectors:
+
+    y_t = x_t + sum over n of E_n[hash(c_{t-n+1}, ..., c_t) mod rows]
+    hash(c_1, ..., c_n) = mix(sum over j of (c_{n-j} + 1) a^j  mod 2^64),    j = 0 .. n - 1
+
+What a mixer would have to learn to put together in its first layers, words and codons, is looked up: much memory and hardly any work, so that a step costs a few per cent more. Before a document's first token stand codes -1, as before the start vector of an autoregressive model, which is itself -1; nothing crosses a
+reset. The state is the last ``max(n) - 1`` codes and how many there were.
+
+The codes are in ``layout.codes``, which the model gives a backbone that reads them (:mod:`mmlong.backbone.spacebyte`): what an autoregressive model's position ``t`` is made of is the code before it, so nothing of the future is seen.
+
+Departures: the hash is mixed (theirs is the sum mod rows, which leaves most rows of a table empty where n is 2: 676 pairs of letters had 201 of 1,000 rows, by chance 491); tables begin as zeros, so an n-gram that training never met says nothing (theirs begin at random, and are divided by the number of sizes and one more); with ``width`` rows are narrower than the tokens, stand side by side and are projected, which is as many times less to keep and to update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmlong.backbone.hierarchy import Place
+from mmlong.backbone.part import codes_of, register_part
+from mmlong.layout import Layout, document_index
+from mmlong.mixers import State
+from mmlong.ops.tails import tail_after
+
+FACTOR = 1_000_000_007
+MIX = -0x4B47D0C5A0B3D2B5
+"""Odd: products with them lose nothing."""
+
+
+@register_part("ngrams")
+class NGrams(nn.Module):
+    """Embeddings of the last ``n`` codes, added to the tokens.
+
+    Args:
+        sizes: the n, e.g. ``[3, 4, 5, 6]``.
+        dim: width D.
+        rows: of each table. N-grams that share one share its vector.
+        width: channels of a row; ``None`` for D, added as they are.
+        dropout: of each looked-up vector whole, in training.
+
+    Raises:
+        ValueError: sizes below 1 or twice the same, no size, or no row.
+    """
+
+    causal = True
+    streaming = True
+    reads_codes = "any"
+    optim_hints: ClassVar[dict[str, dict[str, float]]] = {"tables": {"weight_decay": 0.0}}
+
+    def __init__(
+        self, sizes: int | Sequence[int], dim: int, rows: int = 65_536, width: int | None = None, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.sizes = (sizes,) if isinstance(sizes, int) else tuple(int(n) for n in sizes)
+        if not self.sizes or min(self.sizes) < 1 or len(set(self.sizes)) < len(self.sizes):
+            raise ValueError(
+                f"ngrams are of one size or several different ones, each at least 1; got {list(self.sizes)}"
+            )
+        if rows < 1 or (width is not None and width < 1) or not 0 <= dropout < 1:
+            raise ValueError(
+                f"ngrams take at least one row of at least one channel, and dropout from 0 to below 1; got rows {rows}, width {width}, dropout {dropout}"
+            )
+        self.dim, self.rows, self.reach, self.dropout = dim, rows, max(self.sizes) - 1, dropout
+        self.tables = nn.Parameter(torch.zeros(len(self.sizes) * rows, width or dim))
+        self.project = None if width is None else nn.Linear(len(self.sizes) * width, dim, bias=False)
+
+    def forward(self, x: Tensor, state: State = None, layout: Layout | None = None) -> tuple[Tensor, State]:
+        """``(B, L, D)`` to ``(B, L, D)``, and the state.
+
+        Raises:
+            ValueError: another width, or a layout without codes.
+        """
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"ngrams are added to tokens (B, L, {self.dim}), got {tuple(x.shape)}")
+        codes, B = codes_of("ngrams", layout) + 1, x.shape[0]
+        place = Place.of(state, B)
+        tail = codes.new_zeros(B, self.reach, 1) if state is None else state["codes"]
+        found = F.embedding(self._rows_of(codes, tail, place, layout), self.tables)
+        if self.training and self.dropout:
+            found = found * F.dropout(found.new_ones(*found.shape[:3], 1), self.dropout)
+        y = found.sum(2) if self.project is None else self.project(found.flatten(2))
+        after = {"codes": tail_after(codes[..., None], tail, layout), **place.after(x, layout, max(1, self.reach))}
+        return x + y.to(x.dtype), after
+
+    def _rows_of(self, codes: Tensor, tail: Tensor, place: Place, layout: Layout | None) -> Tensor:
+        """int64 ``(B, L, sizes)``, into all tables as one; ``codes`` from 0 up."""
+        L, rows = codes.shape[1], []
+        line = torch.cat([tail[..., 0], codes], 1)
+        whole = place.same == 0 and (layout is None or layout.resets is None)
+        index = None if whole else document_index(place.each(codes.device), L, layout)
+        power, hashed = 1, torch.zeros_like(codes)
+        for back in range(self.reach + 1):
+            # Of whole rows the tail is zeros, which is what stands before a document.
+            code = line[:, self.reach - back : self.reach - back + L]
+            hashed = hashed + (code if index is None else torch.where(index >= back, code, 0)) * power
+            power = _wrapped(power * FACTOR)
+            if back + 1 in self.sizes:
+                table = self.sizes.index(back + 1)
+                rows.append((_mixed(hashed) % self.rows + table * self.rows, table))
+        return torch.stack([row for row, _ in sorted(rows, key=lambda one: one[1])], 2)
+
+
+def _mixed(hashed: Tensor) -> Tensor:
+    """Every bit in the lowest too: twice the upper half into the lower, and a product between."""
+    hashed = (hashed ^ (hashed >> 32)) * MIX
+    return hashed ^ (hashed >> 32)
+
+
+def _wrapped(number: int) -> int:
+    """As int64 holds it."""
+    return (number + 2**63) % 2**64 - 2**63
