@@ -6,7 +6,7 @@ The hash n-gram embeddings of the Byte Latent Transformer (Pagnoni et al. 2024, 
     hash(c_1, ..., c_n) = mix(sum over j of (c_{n-j} + 1) a^j  mod 2^64),    j = 0 .. n - 1
 
 What a mixer would have to learn to put together in its first layers, words and codons, is looked up: much memory and hardly any work, so that a step costs a few per cent more. Before a document's first token stand codes -1, as before the start vector of an autoregressive model, which is itself -1; nothing crosses a
-reset. The state is the last ``max(n) - 1`` codes and how many there were.
+reset. The state is the last ``max(n) - 1`` codes.
 
 The codes are in ``layout.codes``, which the model gives a backbone that reads them (:mod:`mmlong.backbone.spacebyte`): what an autoregressive model's position ``t`` is made of is the code before it, so nothing of the future is seen.
 
@@ -22,9 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmlong.backbone.hierarchy import Place
 from mmlong.backbone.part import codes_of, register_part
-from mmlong.layout import Layout, document_index
+from mmlong.layout import Layout
 from mmlong.mixers import State
 from mmlong.ops.tails import tail_after
 
@@ -51,6 +50,9 @@ class NGrams(nn.Module):
     causal = True
     streaming = True
     reads_codes = "any"
+    powers: Tensor
+    ends: Tensor
+    firsts: Tensor
     optim_hints: ClassVar[dict[str, dict[str, float]]] = {"tables": {"weight_decay": 0.0}}
 
     def __init__(
@@ -67,6 +69,10 @@ class NGrams(nn.Module):
                 f"ngrams take at least one row of at least one channel, and dropout from 0 to below 1; got rows {rows}, width {width}, dropout {dropout}"
             )
         self.dim, self.rows, self.reach, self.dropout = dim, rows, max(self.sizes) - 1, dropout
+        powers = [_signed(pow(FACTOR, j, 2**64)) for j in range(max(self.sizes))]
+        self.register_buffer("powers", torch.tensor(powers), persistent=False)
+        self.register_buffer("ends", torch.tensor(self.sizes) - 1, persistent=False)
+        self.register_buffer("firsts", torch.arange(len(self.sizes)) * rows, persistent=False)
         self.tables = nn.Parameter(torch.zeros(len(self.sizes) * rows, width or dim))
         self.project = None if width is None else nn.Linear(len(self.sizes) * width, dim, bias=False)
 
@@ -78,32 +84,25 @@ class NGrams(nn.Module):
         """
         if x.shape[-1] != self.dim:
             raise ValueError(f"ngrams are added to tokens (B, L, {self.dim}), got {tuple(x.shape)}")
-        codes, B = codes_of("ngrams", layout) + 1, x.shape[0]
-        place = Place.of(state, B)
-        tail = codes.new_zeros(B, self.reach, 1) if state is None else state["codes"]
-        found = F.embedding(self._rows_of(codes, tail, place, layout), self.tables)
+        codes = codes_of("ngrams", layout)[..., None] + 1
+        tail = codes.new_zeros(len(codes), self.reach, 1) if state is None else state["codes"]
+        found = F.embedding(self._rows_of(torch.cat([tail, codes], 1)[..., 0], layout), self.tables)
         if self.training and self.dropout:
             found = found * F.dropout(found.new_ones(*found.shape[:3], 1), self.dropout)
         y = found.sum(2) if self.project is None else self.project(found.flatten(2))
-        after = {"codes": tail_after(codes[..., None], tail, layout), **place.after(x, layout, max(1, self.reach))}
-        return x + y.to(x.dtype), after
+        return x + y.to(x.dtype), {"codes": tail_after(codes, tail, layout)}
 
-    def _rows_of(self, codes: Tensor, tail: Tensor, place: Place, layout: Layout | None) -> Tensor:
-        """int64 ``(B, L, sizes)``, into all tables as one; ``codes`` from 0 up."""
-        L, rows = codes.shape[1], []
-        line = torch.cat([tail[..., 0], codes], 1)
-        whole = place.same == 0 and (layout is None or layout.resets is None)
-        index = None if whole else document_index(place.each(codes.device), L, layout)
-        power, hashed = 1, torch.zeros_like(codes)
-        for back in range(self.reach + 1):
-            # Of whole rows the tail is zeros, which is what stands before a document.
-            code = line[:, self.reach - back : self.reach - back + L]
-            hashed = hashed + (code if index is None else torch.where(index >= back, code, 0)) * power
-            power = _wrapped(power * FACTOR)
-            if back + 1 in self.sizes:
-                table = self.sizes.index(back + 1)
-                rows.append((_mixed(hashed) % self.rows + table * self.rows, table))
-        return torch.stack([row for row, _ in sorted(rows, key=lambda one: one[1])], 2)
+    def _rows_of(self, line: Tensor, layout: Layout | None) -> Tensor:
+        """int64 ``(B, L, sizes)``, into all tables as one, of codes from 0 up and the ``reach`` before them."""
+        windows = line.unfold(1, self.reach + 1, 1).flip(2)  # the newest first
+        starts = None if layout is None else layout.starts()
+        if starts is not None:
+            # Before the first reset all of the past counts, where what is no part of the document is zeros.
+            back = torch.arange(windows.shape[1], device=line.device) - starts
+            back = torch.where(starts < 0, self.reach, back)
+            windows = torch.where(torch.arange(self.reach + 1, device=line.device) <= back[..., None], windows, 0)
+        sums = (windows * self.powers).cumsum(2)
+        return _mixed(sums[..., self.ends]) % self.rows + self.firsts
 
 
 def _mixed(hashed: Tensor) -> Tensor:
@@ -112,6 +111,6 @@ def _mixed(hashed: Tensor) -> Tensor:
     return hashed ^ (hashed >> 32)
 
 
-def _wrapped(number: int) -> int:
-    """As int64 holds it."""
+def _signed(number: int) -> int:
+    """64 bits as int64 has them."""
     return (number + 2**63) % 2**64 - 2**63
