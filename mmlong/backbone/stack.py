@@ -161,8 +161,9 @@ class Backbone(nn.Module):
             raise ValueError(
                 "backbone.parts is a stack of its own making: leave pool empty, reversible and reverse_complement false"
             )
-        if config.front and (config.reversible or config.reverse_complement):
-            raise ValueError("backbone.front is of parts that may keep no two streams or strands: leave reversible and reverse_complement false")  # fmt: skip
+        for twice in ("reversible", "reverse_complement"):
+            if config.front and getattr(config, twice):
+                raise ValueError(f"backbone.front has one stream of one strand: leave {twice} false, or front empty")
         self.stride = 1
         total = sum(map(count_blocks, config.parts)) if config.parts else sum(depths)
         total, index = total + sum(map(count_blocks, config.front)), 0

@@ -82,7 +82,9 @@ class MaskedModel(Model):
         values = self.modality.values(tokens)
         values = torch.where(hidden[..., None], self.mask.repeat(self.strands).to(values.dtype), values)
         places = self.modality.places(None, tokens.shape[1])
-        return self.backbone(values if places is None else values + places, state, layout)
+        # A part that reads codes is told what stands before a document in the place of what is hidden.
+        codes = tokens.masked_fill(hidden, -1) if self.reads_codes else None
+        return self.backbone(values if places is None else values + places, state, self.told(codes, layout))
 
     def forward(
         self, tokens: Tensor, state: State = None, layout: Layout | None = None, hidden: Tensor | None = None

@@ -113,6 +113,23 @@ def test_a_classifier_reads_both_sides_behind_it(modality: dict[str, Any]) -> No
     torch.testing.assert_close(padded[1:], m(tokens[1:, :17])[0])
 
 
+def test_what_is_hidden_is_not_looked_up() -> None:
+    torch.manual_seed(0)
+    m: Any = build_model({
+        "kind": "masked", "modality": {"name": "text"},
+        "backbone": {"dim": 16, "depth": 1, "direction": "both", "front": [{"ngrams": [1, 3], "rows": 64}]},
+    }).double().eval()  # fmt: skip
+    (part,) = (p for p in m.modules() if isinstance(p, NGrams))
+    nn.init.normal_(part.tables)
+    tokens = torch.randint(0, 256, (2, 30))
+    hidden = torch.rand(2, 30) < 0.3
+    said, _ = m(tokens, hidden=hidden)
+    others = torch.where(hidden, torch.randint(0, 256, (2, 30)), tokens)
+    torch.testing.assert_close(m(others, hidden=hidden)[0], said)
+    shown = torch.where(hidden, tokens, torch.randint(0, 256, (2, 30)))
+    assert (m(shown, hidden=hidden)[0] - said).abs().max() > 1e-3
+
+
 def test_tables_do_not_decay() -> None:
     backbone = Backbone(BackboneConfig(dim=16, parts=[{"ngrams": 3, "rows": 9, "width": 4}, "mamba2"]))
     (mine,) = (p for name, p in backbone.named_parameters() if name.endswith("tables"))
@@ -145,6 +162,9 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Backbone(BackboneConfig(dim=16, parts=[options]))
+    for twice in ("reversible", "reverse_complement"):
+        with pytest.raises(ValueError, match=f"leave {twice} false"):
+            Backbone(BackboneConfig(dim=16, direction="both", front=[{"ngrams": 2, "rows": 8}], **{twice: True}))  # type: ignore[arg-type]
     backbone = {"dim": 16, "parts": [{"ngrams": 2, "rows": 8}, "mamba2"]}
     with pytest.raises(ValueError, match="was not told"):
         Backbone(BackboneConfig(**backbone))(torch.randn(1, 5, 16))
