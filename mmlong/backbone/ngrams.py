@@ -50,10 +50,13 @@ class NGrams(nn.Module):
     causal = True
     streaming = True
     reads_codes = "any"
+    exports = True
+    """A program of ``torch.export`` can hold it, unlike other parts that read codes."""
     powers: Tensor
     ends: Tensor
     firsts: Tensor
-    optim_hints: ClassVar[dict[str, dict[str, float]]] = {"tables": {"weight_decay": 0.0}}
+    optim_hints: ClassVar[dict[str, dict[str, float]]] = {"tables": {"weight_decay": 0.0, "lr_scale": 10.0}}
+    """A row is met once in many steps: with 1, 4 and 10 times the rate a model of bytes had 1.77, 1.71 and 1.68 bits after 200."""
 
     def __init__(
         self, sizes: int | Sequence[int], dim: int, rows: int = 65_536, width: int | None = None, dropout: float = 0.0
@@ -94,11 +97,13 @@ class NGrams(nn.Module):
 
     def _rows_of(self, line: Tensor, layout: Layout | None) -> Tensor:
         """int64 ``(B, L, sizes)``, into all tables as one, of codes from 0 up and the ``reach`` before them."""
-        windows = line.unfold(1, self.reach + 1, 1).flip(2)  # the newest first
+        L = line.shape[1] - self.reach
+        # (Not `unfold`: torch.export would have it for long pieces only.)
+        windows = torch.stack([line[:, at : at + L] for at in range(self.reach, -1, -1)], 2)  # the newest first
         starts = None if layout is None else layout.starts()
         if starts is not None:
             # Before the first reset all of the past counts, where what is no part of the document is zeros.
-            back = torch.arange(windows.shape[1], device=line.device) - starts
+            back = torch.arange(L, device=line.device) - starts
             back = torch.where(starts < 0, self.reach, back)
             windows = torch.where(torch.arange(self.reach + 1, device=line.device) <= back[..., None], windows, 0)
         sums = (windows * self.powers).cumsum(2)

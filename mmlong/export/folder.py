@@ -120,7 +120,11 @@ def export_model(
     if isinstance(model, AutoregressiveModel | JointModel):
         if embedding:
             raise ValueError("a model that makes sequences has no embedding: it predicts every token")
-        if model.reads_codes:
+        if any(
+            getattr(m, "reads_codes", None) and not getattr(m, "exports", False)
+            for m in model.backbone.modules()
+            if m is not model.backbone
+        ):
             raise ExportError(
                 "a part of the backbone goes by what the tokens are ({retro: ...}, {spacebyte: ...}), which no program holds: use `mmlong generate`"
             )

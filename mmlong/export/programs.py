@@ -234,7 +234,9 @@ class Continue(nn.Module):
     def forward(self, tokens: Tensor, *flat: Tensor) -> Tensors:
         model, state, length = self.model, rebuild_state(self.form, flat), tokens.shape[1]
         index = state["passed"][:, None] + 1 + torch.arange(length, device=tokens.device)
-        x, inner = model.backbone(model.modality.embed(tokens, None, index), state["backbone"], None)
+        x, inner = model.backbone(
+            model.modality.embed(tokens, None, index), state["backbone"], model.told(tokens, None)
+        )
         prediction = model.forward_head(x)
         after = {"backbone": inner, "passed": state["passed"] + length}
         if model.linear is not None:
@@ -271,7 +273,9 @@ def empty_backbone_state(model: Model, last: Tensor) -> State:
                 f"{type(module).__name__} does not honour lengths, and its state before the first token is that of a row of length 0: it cannot be exported as a generator"
             )
     # The state of a row that has nothing in a piece in which another row has two tokens: all its tensors are there and none is empty.
-    _, inner = model.backbone(last.expand(2, 2, -1), None, Layout(lengths=torch.tensor([0, 2], device=last.device)))
+    layout = Layout(lengths=torch.tensor([0, 2], device=last.device))
+    codes = torch.zeros(2, 2, dtype=torch.long, device=last.device)
+    _, inner = model.backbone(last.expand(2, 2, -1), None, model.told(codes, layout))
     return select_rows(inner, slice(0, 1))
 
 
@@ -284,7 +288,8 @@ def beginning(model: AutoregressiveModel) -> tuple[Tensor, State]:
     """
     begun = model.begin(1)
     prediction, state = model.peek({**begun, "backbone": empty_backbone_state(model, begun["last"])})
-    del state["last"]
+    for taken in ("last", "code"):
+        state.pop(taken, None)  # the backbone has them already
     return prediction, state
 
 

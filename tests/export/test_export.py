@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mmlong.backbone.ngrams import NGrams
 from mmlong.export import Bounds, ExportError, Generator, Predictor, export_model, load
 from mmlong.export import folder as exporting
 from mmlong.generation import generate
@@ -433,6 +434,17 @@ def test_rows_of_any_number_are_one_program(tmp_path: Path) -> None:
     model = build("text", [CONV], {"name": "classify", "num_classes": 3})
     export_model(model, tmp_path / "out")
     predicts_as(model, tmp_path / "out", [(1, 2), (2, 6), (3, 37)])
+
+
+def test_n_grams_are_looked_up_in_a_program(tmp_path: Path) -> None:
+    backbone = {"front": [{"ngrams": [1, 3], "rows": 40, "width": 5}]}
+    model = generator("text", "attention", backbone=backbone)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, NGrams):
+                module.tables.normal_()
+    export_model(model, tmp_path / "out", sampling=GREEDY)
+    generates_as(model, tmp_path / "out", 3, 40)
 
 
 @slow
