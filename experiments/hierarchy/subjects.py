@@ -42,6 +42,11 @@ def _megabyte(near: dict[str, Any]) -> dict[str, Any]:
     return {"model.backbone.parts": [wide, {"within": 16, "parts": [{**near, "repeat": 3}]}]}
 
 
+def _chunks(how: str, size: int, blocks: int) -> dict[str, Any]:
+    """Wide blocks on chunks of about ``size`` bytes."""
+    return {how: size, "dim": 256, "parts": [{**_WIDE, "repeat": blocks}]}
+
+
 SUBJECTS: dict[str, Subject] = {
     "pixels": Subject(
         "image/photo256_ar",
@@ -70,11 +75,12 @@ SUBJECTS: dict[str, Subject] = {
         "test/bits",
         {
             "flat": {},
-            "flat, half as deep": {"model.backbone.depth": 2},
-            "flat, two of Mamba-2": {"model.backbone.depth": 2, "model.backbone.mixers": [_BYTE]},
-            "pool 8, one of Mamba-2 behind": {
-                "model.backbone.parts": [{"pool": 8, "dim": 256, "parts": [{**_WIDE, "repeat": 4}]}, _BYTE],
-            },
+            "flat, one of Mamba-2": {"model.backbone.depth": 1},
+            "flat, two of Mamba-2": {"model.backbone.depth": 2},
+            "pool 8": {"model.backbone.parts": [_chunks("pool", 8, 2)]},
+            "pool 8, four inside": {"model.backbone.parts": [_chunks("pool", 8, 4)]},
+            "pool 4": {"model.backbone.parts": [_chunks("pool", 4, 2)]},
+            "hnet, nothing outside": {"model.backbone.parts": [_chunks("dynamic", 6, 2)]},
             "megabyte": {
                 "model.backbone.parts": [
                     {"pool": 4, "dim": 256, "parts": [{**_WIDE, "repeat": 4}]},
@@ -82,10 +88,7 @@ SUBJECTS: dict[str, Subject] = {
                 ],
             },
             "megabyte, one block within 8": {
-                "model.backbone.parts": [
-                    {"pool": 8, "dim": 256, "parts": [{**_WIDE, "repeat": 4}]},
-                    {"within": 8, "parts": [{"name": "attention", "heads": 4}]},
-                ],
+                "model.backbone.parts": [_chunks("pool", 8, 2), {"within": 8, "parts": [{"name": "attention", "heads": 4}]}],
             },
             "hnet": {
                 "model.backbone.parts": [
@@ -95,11 +98,7 @@ SUBJECTS: dict[str, Subject] = {
                 ],
             },
             "hnet, Mamba-2 alone outside": {
-                "model.backbone.parts": [
-                    {"name": "mamba2", "ffn": "none"},
-                    {"dynamic": 6, "dim": 256, "parts": [{**_WIDE, "repeat": 2}]},
-                    {"name": "mamba2", "ffn": "none"},
-                ],
+                "model.backbone.parts": [{**_BYTE, "ffn": "none"}, _chunks("dynamic", 6, 2), {**_BYTE, "ffn": "none"}],
             },
         },
         {"model.samples": 0},

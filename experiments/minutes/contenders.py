@@ -55,7 +55,13 @@ PEERS = {"mamba2": "mamba2-transformers", "local": "local-attention"}
 """Mixer to the peer (:mod:`mmlong.bench.peers`) that takes its place; others stay."""
 
 _BODY = "model.backbone."
-_PLAIN = {f"{_BODY}front": [], f"{_BODY}pool": [], f"{_BODY}depth": 0, f"{_BODY}mixers": ["s4d"], f"{_BODY}reverse_complement": False}
+_PLAIN = {
+    f"{_BODY}front": [],
+    f"{_BODY}pool": [],
+    f"{_BODY}depth": 0,
+    f"{_BODY}mixers": ["s4d"],
+    f"{_BODY}reverse_complement": False,
+}
 """A backbone of nothing but a norm, behind which the recipe's head stands."""
 
 

@@ -36,8 +36,10 @@ def warm_up(config: BackboneConfig, optim: OptimConfig) -> None:
     patches = [merge.sides for merge in backbone.merges if isinstance(merge, Merge) and merge.sides is not None]
     # Patches are of a grid, of which eight fit along each axis at the end.
     grid = tuple(8 * math.prod(sides) for sides in zip(*patches, strict=True)) if patches else (64 * backbone.stride,)
-    layout = Layout(grid=grid) if patches else None
-    y, _ = backbone(torch.randn(1, math.prod(grid), backbone.dim_in), None, layout)
+    tokens = math.prod(grid)
+    codes = torch.zeros(1, tokens, dtype=torch.long) if backbone.reads_codes else None
+    layout = Layout(grid=grid if patches else None, codes=codes)
+    y, _ = backbone(torch.randn(1, tokens, backbone.dim_in), None, layout)
     y.square().mean().backward()
     nn.utils.clip_grad_norm_(backbone.parameters(), 1.0)
     optimizer.step()
