@@ -75,7 +75,6 @@ SUBJECTS: dict[str, Subject] = {
         "test/bits",
         {
             "flat": {},
-            "flat, one of Mamba-2": {"model.backbone.depth": 1},
             "flat, two of Mamba-2": {"model.backbone.depth": 2},
             "pool 8": {"model.backbone.parts": [_chunks("pool", 8, 2)]},
             "pool 8, four inside": {"model.backbone.parts": [_chunks("pool", 8, 4)]},
