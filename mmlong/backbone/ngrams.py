@@ -5,7 +5,7 @@ The hash n-gram embeddings of the Byte Latent Transformer (Pagnoni et al. 2024, 
     y_t = x_t + sum over n of E_n[hash(c_{t-n+1}, ..., c_t) mod rows]
     hash(c_1, ..., c_n) = mix(sum over j of (c_{n-j} + 1) a^j  mod 2^64),    j = 0 .. n - 1
 
-What a mixer would have to learn to put together in its first layers, words and codons, is looked up: much memory and hardly any work, so that a step costs a few per cent more. Before a document's first token stand codes -1, as before the start vector of an autoregressive model, which is itself -1; nothing crosses a
+What a mixer would have to learn to put together in its first layers, words and codons, is looked up: much memory and hardly any work (a tenth of a step behind which two blocks of 128 channels stand). Before a document's first token stand codes -1, as before the start vector of an autoregressive model, which is itself -1; nothing crosses a
 reset. The state is the last ``max(n) - 1`` codes.
 
 The codes are in ``layout.codes``, which the model gives a backbone that reads them (:mod:`mmlong.backbone.spacebyte`): what an autoregressive model's position ``t`` is made of is the code before it, so nothing of the future is seen.
