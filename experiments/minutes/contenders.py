@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mmlong.backbone.parts import repeated
 from mmlong.registry import nearest
 
 Kind = Literal["default", "simple", "peers", "mixer"]
@@ -168,7 +169,7 @@ SUBJECTS: dict[str, Subject] = {
 def with_peers(mixers: Any) -> Any:
     """The same mixers with every one that has a peer replaced by it, its options kept; lists as deep as they are."""
     if isinstance(mixers, list):
-        return [with_peers(one) for one in mixers]
+        return [with_peers(one) for each in mixers for one in repeated(each)]
     spec = {"name": mixers} if isinstance(mixers, str) else dict(mixers)
     if spec["name"] not in PEERS:
         return mixers

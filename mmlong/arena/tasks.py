@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmlong.backbone.parts import name_and_times
+from mmlong.backbone.parts import level, name_and_times
 
 SIZES = ("debug", "cpu", "paper")
 KEPT = frozenset({"masked_conv2d"})
@@ -128,15 +128,26 @@ def _swap(entry: Any, mixer: Any) -> tuple[Any, int]:
             beside = {key: entry[key] for key in ("repeat", "ffn") if key in entry}
             new = {"name": mixer} if isinstance(mixer, str) else dict(mixer)
             return {**new, **beside}, 1
-        found = {key: _swap(value, mixer) if key in ("mixers", "parts") else (value, 0) for key, value in entry.items()}
+        found = {
+            key: _swap_all(value, mixer) if key in ("mixers", "parts") else (value, 0) for key, value in entry.items()
+        }
         return {key: value for key, (value, _) in found.items()}, sum(count for _, count in found.values())
     if isinstance(entry, list):
-        some = [_swap(each, mixer) for each in entry]
-        return [value for value, _ in some], sum(count for _, count in some)
+        if level(entry) is not None:
+            inside, count = _swap_all(entry[1], mixer)
+            return [entry[0], inside, *entry[2:]], count
+        return _swap_all(entry, mixer)
     if isinstance(entry, str):
-        if entry == "up" or entry.startswith("pool ") or (named := name_and_times(entry))[0] in KEPT:
+        name, times = name_and_times(entry)
+        if name in KEPT:
             return entry, 0
-        if named[1] == 1:
+        if times == 1:
             return copy.deepcopy(mixer), 1
-        return {**({"name": mixer} if isinstance(mixer, str) else mixer), "repeat": named[1]}, 1
+        return {**({"name": mixer} if isinstance(mixer, str) else mixer), "repeat": times}, 1
     return entry, 0
+
+
+def _swap_all(entries: Any, mixer: Any) -> tuple[list[Any], int]:
+    """Entries of a list, which itself is no level."""
+    some = [_swap(each, mixer) for each in entries]
+    return [value for value, _ in some], sum(count for _, count in some)

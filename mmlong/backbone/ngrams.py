@@ -88,7 +88,7 @@ class NGrams(nn.Module):
         if x.shape[-1] != self.dim:
             raise ValueError(f"ngrams are added to tokens (B, L, {self.dim}), got {tuple(x.shape)}")
         codes = codes_of("ngrams", layout)[..., None] + 1
-        tail = codes.new_zeros(len(codes), self.reach, 1) if state is None else state["codes"]
+        tail = codes.new_zeros(codes.shape[0], self.reach, 1) if state is None else state["codes"]
         found = F.embedding(self._rows_of(torch.cat([tail, codes], 1)[..., 0], layout), self.tables)
         if self.training and self.dropout:
             found = found * F.dropout(found.new_ones(*found.shape[:3], 1), self.dropout)

@@ -56,7 +56,7 @@ def codes_of(what: str, layout: Layout | None) -> Tensor:
     """
     if layout is None or layout.codes is None:
         raise ValueError(
-            f"{what} goes by what the tokens are and was not told (layout.codes): use it on the tokens of a model, not inside a part that makes tokens of its own, and not in an export"
+            f"{what} goes by what the tokens are and was not told (layout.codes): use it on the tokens of a model, not inside a part that makes tokens of its own"
         )
     return layout.codes
 

@@ -68,12 +68,12 @@ MakeBlock = Callable[..., nn.Module]
 def count_blocks(spec: Any) -> int:
     """Blocks of a part or list of parts, however deep."""
     if isinstance(spec, str):
-        return name_and_times(spec)[1]
+        return len(repeated(spec))
     if isinstance(spec, Mapping):
         if "parts" in spec:
             return sum(map(count_blocks, spec["parts"]))
-        return int(spec.get("repeat", 1)) if "name" in spec else 0
-    written = _level(spec)
+        return len(repeated(spec)) if "name" in spec else 0
+    written = level(spec)
     return sum(map(count_blocks, spec if written is None else written["parts"]))
 
 
@@ -94,7 +94,7 @@ def make_parts(spec: Sequence[Any], dim: int, make: MakeBlock) -> list[nn.Module
             found += [make(mixer, dim) for mixer in repeated(part)]
             continue
         if not isinstance(part, Mapping):
-            written = _level(part)
+            written = level(part)
             if written is None:
                 raise ValueError(f"backbone.parts: {part!r} is no part; a level is [pool K, [parts], up]")
             part = written
@@ -155,7 +155,7 @@ def name_and_times(text: str) -> tuple[str, int]:
     return found[1], int(found[2] or 1)
 
 
-def _level(part: Any) -> Mapping[str, Any] | None:
+def level(part: Any) -> Mapping[str, Any] | None:
     """``[pool K, [parts], up]`` as a mapping; ``None`` for what is not written so."""
     if not isinstance(part, Sequence) or len(part) not in (2, 3) or not isinstance(part[0], str):
         return None

@@ -7,13 +7,13 @@ know but the author's, so it is there only if it was given; that of the data is 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 import mmlong
+from mmlong.backbone.parts import level, name_and_times
 from mmlong.models.model import Model
 from mmlong.runs import CONFIG
 
@@ -70,19 +70,21 @@ def mixers_of(config: dict[str, Any]) -> list[str]:
 
     def walk(spec: Any) -> None:
         if isinstance(spec, str):
-            found.setdefault(re.sub(r"\s+x\s+\d+$", "", spec.strip()))
+            found.setdefault(name_and_times(spec)[0])
         elif isinstance(spec, dict):
             if "name" in spec:
                 found.setdefault(str(spec["name"]))
-            for one in spec.get("parts", []):
-                walk(one)
+            walk_all(spec.get("parts", []))
         elif isinstance(spec, list | tuple):
-            # [pool 4, [parts], up]
-            level = bool(spec) and isinstance(spec[0], str) and spec[0].lstrip().startswith("pool ")
-            for one in spec[1:2] if level else spec:
-                walk(one)
+            written = level(spec)
+            walk_all(spec if written is None else written["parts"])
 
-    walk(config["parts"] or config["mixers"])
+    def walk_all(specs: Any) -> None:
+        for one in specs:
+            walk(one)
+
+    walk_all(config.get("front", []))
+    walk_all(config["parts"] or config["mixers"])
     return list(found)
 
 

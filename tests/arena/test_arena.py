@@ -55,11 +55,11 @@ def test_the_paper_has_the_benchmarks_own_pictures_and_transformer(size: int) ->
 
 
 def test_swapping_in_parts() -> None:
-    parts = [{"name": "mamba2", "repeat": 2, "expand": 1}, {"pool": 4, "parts": ["mamba2", "masked_conv2d"]}, "up"]
+    parts = [{"name": "mamba2", "repeat": 2, "expand": 1}, {"pool": 4, "parts": ["mamba2", "masked_conv2d"]}]
     found = swap_mixer({"dim": 8, "parts": parts}, {"name": "s4d", "d_state": 4})
     assert found == {
         "dim": 8,
-        "parts": [{"name": "s4d", "d_state": 4, "repeat": 2}, {"pool": 4, "parts": [{"name": "s4d", "d_state": 4}, "masked_conv2d"]}, "up"],
+        "parts": [{"name": "s4d", "d_state": 4, "repeat": 2}, {"pool": 4, "parts": [{"name": "s4d", "d_state": 4}, "masked_conv2d"]}],
     }  # fmt: skip
     assert swap_mixer({"parts": ["masked_conv2d x 2", ["pool 4", ["mamba2 x 3"], "up"]]}, "s4d") == {
         "parts": ["masked_conv2d x 2", ["pool 4", [{"name": "s4d", "repeat": 3}], "up"]]

@@ -130,7 +130,7 @@ def test_what_is_hidden_is_not_looked_up() -> None:
     assert (m(shown, hidden=hidden)[0] - said).abs().max() > 1e-3
 
 
-def test_tables_do_not_decay() -> None:
+def test_tables_have_a_rate_of_their_own_and_do_not_decay() -> None:
     backbone = Backbone(BackboneConfig(dim=16, parts=[{"ngrams": 3, "rows": 9, "width": 4}, "mamba2"]))
     (mine,) = (p for name, p in backbone.named_parameters() if name.endswith("tables"))
     for name in ("adamw", "muon"):
@@ -138,6 +138,7 @@ def test_tables_do_not_decay() -> None:
             g for g in parameter_groups(backbone, OptimConfig(name=name)) if any(p is mine for p in g["params"])
         )
         assert group["weight_decay"] == 0
+        assert group["lr"] == 10 * OptimConfig.lr
         assert name == "adamw" or group["use_fallback"]
 
 

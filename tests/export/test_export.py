@@ -436,15 +436,23 @@ def test_rows_of_any_number_are_one_program(tmp_path: Path) -> None:
     predicts_as(model, tmp_path / "out", [(1, 2), (2, 6), (3, 37)])
 
 
-def test_n_grams_are_looked_up_in_a_program(tmp_path: Path) -> None:
-    backbone = {"front": [{"ngrams": [1, 3], "rows": 40, "width": 5}]}
-    model = generator("text", "attention", backbone=backbone)
+def with_tables(model: Any) -> Any:
+    """A model whose n-grams say something."""
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, NGrams):
                 module.tables.normal_()
-    export_model(model, tmp_path / "out", sampling=GREEDY)
-    generates_as(model, tmp_path / "out", 3, 40)
+    return model
+
+
+def test_n_grams_are_looked_up_in_a_program(tmp_path: Path) -> None:
+    backbone = {"front": [{"ngrams": [1, 3], "rows": 40, "width": 5}]}
+    model = with_tables(generator("text", "attention", backbone=backbone))
+    export_model(model, tmp_path / "generator", sampling=GREEDY)
+    generates_as(model, tmp_path / "generator", 3, 40)
+    model = with_tables(classifier("text", "s4d", backbone=backbone))
+    export_model(model, tmp_path / "classifier")
+    predicts_as(model, tmp_path / "classifier", [(1, 2), (3, 37)])
 
 
 @slow

@@ -151,5 +151,6 @@ def test_names_of_mixers_however_a_backbone_is_written() -> None:
         {"within": 8, "parts": ["attention"]},
         "mamba2",
     ]
+    assert mixers_of({"parts": ["mamba2", ["pool 2", ["s4d"]]], "mixers": []}) == ["mamba2", "s4d"]
     assert mixers_of({"parts": parts, "mixers": ["rwkv7"]}) == ["mamba2", "local", "s4d", "attention"]
     assert mixers_of({"parts": [], "mixers": [[{"name": "gla", "heads": 2}], ["s4d", "gla"]]}) == ["gla", "s4d"]
