@@ -71,7 +71,7 @@ class ArenaTask:
 def _pathfinder(size: int, about: str, minutes: float) -> ArenaTask:
     return ArenaTask(
         f"lra/pathfinder{size}", about, 0.5, "drawn after the published generator", False,
-        {"data.source_path": "{path}"}, f"lra_release, or its folder pathfinder{size}", minutes,
+        {"data.source_path": "{path}", "data.train_paddles": None}, f"lra_release, or its folder pathfinder{size}", minutes,
     )  # fmt: skip
 
 

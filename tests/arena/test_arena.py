@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,18 @@ def test_the_paper_has_the_benchmarks_own_pictures_and_transformer(size: int) ->
     assert model["backbone"]["ffn"] == "mlp"
     assert model["optim"].get("schedule", "cosine") == "cosine"
     assert model["modality"]["bands"] == 6
+
+
+@pytest.mark.parametrize("size", ["cpu", "paper"])
+@pytest.mark.parametrize("name", TASKS)
+def test_your_own_copy_is_taken_by_every_recipe(name: str, size: str, tmp_path: Path) -> None:
+    """A recipe that draws its data has options of drawing, which files do not go with."""
+    config = load_recipes(TASKS[name].recipes(size))
+    options = config["data"]["init_args"]
+    for key, value in TASKS[name].data_options(str(tmp_path)).items():
+        options[key.removeprefix("data.")] = value
+    module, _, kind = config["data"]["class_path"].rpartition(".")
+    getattr(importlib.import_module(module), kind)(**options)
 
 
 def test_swapping_in_parts() -> None:
