@@ -42,6 +42,7 @@ class Subject:
         networks: simple models that are trained, by name.
         programs: simple models that are computed, and of what.
         mixers: five of mmlong's, each as ``backbone.mixers`` takes them.
+        minutes: CPU minutes of each, unless told. A table is three times nine trainings, so these are what an evening holds and not what a recipe takes to its end.
         peers: options beside the peers' layers.
     """
 
@@ -49,6 +50,7 @@ class Subject:
     networks: tuple[str, ...]
     programs: tuple[tuple[str, ...], ...]
     mixers: Mapping[str, list[Any]]
+    minutes: float
     peers: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -108,9 +110,9 @@ _WHOLE = {"model.segment": None, "data.eval_length": 8192, "data.eval_batch_size
 """For peers, which carry no state: rows of evaluation are run whole, as long as that allows."""
 
 SUBJECTS: dict[str, Subject] = {
-    "image/cells256": Subject("test/accuracy", _PICTURES, (("linear", "thumbnails"),), _CLASSIFY),
+    "image/cells256": Subject("test/accuracy", _PICTURES, (("linear", "thumbnails"),), _CLASSIFY, 3),
     "image/defects256": Subject(
-        "test/balanced_accuracy", _PICTURES, (("linear", "thumbnails"), ("boosting", "thumbnails")), _CLASSIFY
+        "test/balanced_accuracy", _PICTURES, (("linear", "thumbnails"), ("boosting", "thumbnails")), _CLASSIFY, 6
     ),
     "image/photo_ar": Subject(
         "test/bits",
@@ -120,12 +122,13 @@ SUBJECTS: dict[str, Subject] = {
             f"masked_conv2d and {name}": [_PHOTO, name]
             for name in ("s4d", "gla", "mlstm", "gated_deltanet", "rg_lru")
         },
+        8,
     ),
     "audio/digits8k": Subject(
-        "test/accuracy", ("convolutions on log-mel",), (("linear", "mfcc"), ("boosting", "mfcc")), _CLASSIFY
+        "test/accuracy", ("convolutions on log-mel",), (("linear", "mfcc"), ("boosting", "mfcc")), _CLASSIFY, 8
     ),
     "audio/percussion": Subject(
-        "test/accuracy", ("convolutions on log-mel",), (("linear", "mfcc"), ("boosting", "mfcc")), _CLASSIFY
+        "test/accuracy", ("convolutions on log-mel",), (("linear", "mfcc"), ("boosting", "mfcc")), _CLASSIFY, 4
     ),
     "genome/chromosome_ar": Subject(
         "test/bits",
@@ -138,15 +141,16 @@ SUBJECTS: dict[str, Subject] = {
             "s4d and gated_deltanet": ["s4d", "gated_deltanet"],
             "s4d and local": ["s4d", _NEAR],
         },
+        6,
         {**_WHOLE, "data.eval_batch_size": 4},
     ),
     "genome/binding200": Subject(
         "test/accuracy", ("convolutions on tokens",), (("linear", "kmers"), ("boosting", "kmers")),
-        {**{name: _CLASSIFY[name] for name in ("s4d", "gla", "mlstm", "gated_deltanet")}, "attention": ["attention"]},
+        {**{name: _CLASSIFY[name] for name in ("s4d", "gla", "mlstm", "gated_deltanet")}, "attention": ["attention"]}, 4,
     ),
     "genome/families": Subject(
         "test/accuracy", ("convolutions on tokens",), (("linear", "kmers"), ("boosting", "kmers")),
-        {**{name: _CLASSIFY[name] for name in ("s4d", "gla", "mlstm", "gated_deltanet")}, "local": [_NEAR]},
+        {**{name: _CLASSIFY[name] for name in ("s4d", "gla", "mlstm", "gated_deltanet")}, "local": [_NEAR]}, 4,
     ),
     "text/stdlib_ar": Subject(
         "test/bits",
@@ -156,11 +160,12 @@ SUBJECTS: dict[str, Subject] = {
             f"{name} and local": [name, _NEAR]
             for name in ("gla", "mlstm", "gated_deltanet", "rg_lru")
         } | {"attention": ["attention"]},
+        8,
         _WHOLE,
     ),
     "text/news": Subject(
         "test/accuracy", (), (("linear", "char_ngrams"),),
-        {**{name: _CLASSIFY[name] for name in ("s4d", "gla", "mlstm", "gated_deltanet")}, "local": [_NEAR]},
+        {**{name: _CLASSIFY[name] for name in ("s4d", "gla", "mlstm", "gated_deltanet")}, "local": [_NEAR]}, 4,
     ),
 }  # fmt: skip
 """By recipe."""

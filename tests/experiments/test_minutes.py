@@ -313,7 +313,7 @@ def test_the_command_says_what_it_found_or_what_is_missing(
 
 
 def subject() -> Subject:
-    return Subject("test/accuracy", (), (("linear", "kmers"),), {name: [name] for name in ("s4d", "gla")}, {})
+    return Subject("test/accuracy", (), (("linear", "kmers"),), {name: [name] for name in ("s4d", "gla")}, 3)
 
 
 @pytest.fixture
@@ -344,7 +344,9 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return noted
 
 
-def test_rows_are_kept_and_the_table_is_sorted(tried: list[Any], tmp_path: Path) -> None:
+def test_rows_are_kept_and_the_table_is_sorted(
+    tried: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["genome/binding200", "--minutes", "2", "--seeds", "0", "1", "--runs", str(tmp_path / "r"), "--set", "data.source_path=x", "--markdown", str(tmp_path / "f.md")]  # fmt: skip
     assert minutes.main(words) == 1  # one failed
     trials = [one for one in tried if isinstance(one, tuple)]
@@ -353,7 +355,10 @@ def test_rows_are_kept_and_the_table_is_sorted(tried: list[Any], tmp_path: Path)
     (program,) = (one for one in tried if isinstance(one, list))
     assert program == ["-m", "mmlong.experiments.minutes.simple", "genome/binding200", "linear", "kmers", "--minutes=2", "--source=x"]  # fmt: skip
     lines = (tmp_path / "f.md").read_text().splitlines()
-    assert lines[0] == "## genome/binding200, 2 CPU minutes"
+    assert lines[2] == (
+        "| `genome/binding200` | 2 | accuracy | 0.5500 (0.5000 to 0.6000) | 0.8750: linear of kmers | 0.8000 (0.7500 to 0.8500): s4d | 0.5500 (0.5000 to 0.6000) |"
+    )
+    lines = lines[lines.index("## genome/binding200, 2 CPU minutes") :]
     assert lines[4].startswith("| linear of kmers | simple | 0.8750 | nothing is drawn |  |  | 0.12 |")
     assert lines[5].startswith(
         "| s4d | the same backbone, another mixer | 0.8000 (0.7500 to 0.8500) | 2 | 30 | 0.5 | 0.25 | 1,234 |"
@@ -375,14 +380,25 @@ def test_rows_are_kept_and_the_table_is_sorted(tried: list[Any], tmp_path: Path)
     assert tried[-1][0].recipes == ("genome/binding200", "genome/binding200.debug")
     with pytest.raises(SystemExit):
         minutes.main(["genome/binding201"])
+    assert "did you mean 'genome/binding200'" in capsys.readouterr().err
+    before = len(tried)
+    assert minutes.main([*words[:1], "--runs", str(tmp_path / "r"), "--seeds", "0"]) == 0  # the minutes of its own
+    assert [one[1] for one in tried[before:] if isinstance(one, tuple)] == [3.0] * 4
+    capsys.readouterr()
+    before = len(tried)
+    assert minutes.main(["--show", "--minutes", "2", "--runs", str(tmp_path / "r")]) == 0
+    told = capsys.readouterr().out
+    assert "## genome/binding200, 2 CPU minutes" in told
+    assert "3 CPU minutes" not in told
+    assert len(tried) == before
     with pytest.raises(SystemExit):
         minutes.main(["genome/binding200", "--minutes", "0"])
 
 
 def test_the_table_says_where_one_side_is_tested_on_shorter_rows() -> None:
     def told(recipe: str) -> str:
-        setting = {"recipe": recipe, "contender": "other people's layers", "kind": "peers"}
-        return minutes.markdown([Row("k", setting, 0, {SUBJECTS[recipe].metric: 2.0}, command=["mmlong"])], 2.0)
+        setting = {"recipe": recipe, "contender": "other people's layers", "kind": "peers", "minutes": 2.0}
+        return minutes.markdown([Row("k", setting, 0, {SUBJECTS[recipe].metric: 2.0}, command=["mmlong"])])
 
     assert "Other people's layers are tested on rows of at most 8,192 tokens, the rest on rows of 65,536" in told("text/stdlib_ar")  # fmt: skip
     assert "are tested on rows" not in told("genome/chromosome_ar")  # 8,192 for all
