@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 READERS = ("indexed", "streaming")
 _STATE_FORMAT = 1
+_ALWAYS = {"format", "epoch", "samples_done", "global_batch", "seed", "dataset", "reader"}
+"""What every position says; the rest are a datamodule's own settings."""
 
 
 class Described(Protocol):
@@ -361,12 +363,13 @@ class PackedDataModule(pl.LightningDataModule):
         if state is None:
             return
         if state["samples_done"] > 0:  # at an epoch's beginning any setting may be new
+            fixed = self.fixed_settings()
             changed = {
                 "global_batch": (state["global_batch"], batch, "batch size x ranks"),
                 "seed": (state["seed"], self.seed, "data.seed"),
                 "dataset": (state["dataset"], self.dataset.fingerprint, f"the bytes of {self.folder}"),
                 "reader": (state["reader"], self.reader, "data.reader"),
-                **{name: (state.get(name), now, f"data.{name}") for name, now in self.fixed_settings().items()},
+                **{name: (state.get(name), fixed.get(name), f"data.{name}") for name in {*fixed, *state} - _ALWAYS},
             }
             for was, now, what in changed.values():
                 if was != now:

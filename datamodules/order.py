@@ -7,6 +7,7 @@ anything: a position in training is an epoch and a count of samples.
 
 * *Local*: shards are permuted, then samples are permuted inside windows of a few shards, so that reading touches a few
   files at a time.
+* *Alike*, where it is asked for: samples of like length share a batch (`like_lengths`).
 * *Equal*: every rank has the same number of steps. What does not fill a last global batch, ``N mod batch`` samples, is
   left out of the epoch: the declared tail. Tails are consecutive stretches of one fixed permutation, epoch after epoch,
   so each sample is left out once in ``N`` left-out places: none is starved, and across any ``N // tail`` consecutive
@@ -91,6 +92,27 @@ def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int, batch: int, w
         ids = ids[keep[ids]]
         parts.append(ids[np.argsort(words[ids], kind="stable")])
     return np.concatenate(parts)
+
+
+def like_lengths(order: np.ndarray, lengths: np.ndarray, batch: int, pool: int, seed: int, epoch: int) -> np.ndarray:
+    """The same samples with those of like length in one batch, so that little is padded.
+
+    ``pool`` batches at a time, as they came, are sorted by length and cut into batches again, and all batches of the epoch are then shuffled. Which samples meet is drawn anew each epoch, as long as an epoch has several pools.
+
+    Args:
+        order: of an epoch (`epoch_order`), a multiple of ``batch``.
+        lengths: ``(N,)`` of each sample.
+        batch: samples in a global batch.
+        pool: batches that are sorted together, at least 1.
+        seed, epoch: of the run, from 0.
+
+    Returns:
+        ids as long as ``order``.
+    """
+    size = pool * batch
+    parts = [order[first : first + size] for first in range(0, len(order), size)]
+    batches = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts]).reshape(-1, batch)
+    return batches[permutation(len(batches), seed, 13, epoch)].reshape(-1)
 
 
 def rank_batch(order: np.ndarray, done: int, batch: int, rank: int, world: int) -> np.ndarray:

@@ -16,6 +16,7 @@ from .augment import Augment, Change
 from .base import PackedDataModule, Progress
 from .codecs import Codec
 from .known import MODULES, data_root, is_known, known_names, known_sequences
+from .order import like_lengths
 from .pack_sequences import pack_known_sequences
 from .records import KnownSequences
 from .sequence_samples import SequenceSamples, document_lengths
@@ -40,6 +41,7 @@ class SequenceDataModule(PackedDataModule):
         train_crop: which crop training takes: ``"random"``, another each epoch, or ``"same"`` as evaluation (of sounds that begin with what tells them apart).
         carry: rows of a stream come so that place b of a batch goes on where place b of the batch before it ended, and batches say where that is so (``continues``): for
             training that carries the model's state (``model.carry``). Evaluation is as without.
+        alike: documents of like length share a training batch, so that little is padded: so many batches at a time are sorted by their lengths (`mmlong.datamodules.order.like_lengths`); 0: as they come.
         label: which label field; the dataset's default if not given.
         augment: changes to training samples.
         cache: keep decoded documents in memory, shared by the workers.
@@ -78,6 +80,7 @@ class SequenceDataModule(PackedDataModule):
         cache: bool = False,
         eval_batch_size: int | None = None,
         carry: bool = False,
+        alike: int = 0,
     ) -> None:
         if windows not in WINDOWS:
             raise ValueError(f"windows is {windows!r}; it can be {' or '.join(WINDOWS)}")
@@ -89,6 +92,12 @@ class SequenceDataModule(PackedDataModule):
             raise ValueError("the reader 'streaming' gives whole documents; for windows: stream take reader: indexed")
         if carry and windows != "stream":
             raise ValueError("carry: true is for rows that go on, one behind another: set windows: stream")
+        if alike < 0:
+            raise ValueError(f"alike is {alike}; it is a number of batches, or 0")
+        if alike and (windows == "stream" or reader == "streaming"):
+            raise ValueError(
+                "alike is for whole documents of the indexed reader: rows of a stream are of one length, and the reader 'streaming' takes documents as they come"
+            )
         known = known_sequences(dataset) if is_known(dataset, MODULES) else None
         if known is not None and known.modality != self.modality:
             raise ValueError(f"{dataset} is {known.modality}; {type(self).__name__} reads {self.modality}")
@@ -98,7 +107,7 @@ class SequenceDataModule(PackedDataModule):
         super().__init__(dataset, folder, known, label, batch_size, num_workers, seed, reader, on_bad, eval_batch_size)
         self.root, self.source_path = root, source_path
         self.windows, self.length, self.eval_length, self.crop = windows, length, eval_length or length, crop
-        self.train_crop, self.carry = train_crop, carry
+        self.train_crop, self.carry, self.alike = train_crop, carry, alike
         for train in (True, False):
             self._windows([1], train)  # refuses a length or crop that makes no sense, now
         self.augment = Augment(augment, seed, self.changes)
@@ -153,9 +162,14 @@ class SequenceDataModule(PackedDataModule):
         )  # fmt: skip
 
     def train_order(self, batch: int) -> Callable[[int], np.ndarray]:
-        """As the base's; where the state is carried, the slots' order."""
-        windows = self._cached_samples("train", True).windows  # type: ignore[attr-defined]
-        return windows.slot_order if self.carry else super().train_order(batch)
+        """As the base's, documents of like length together if that is asked for; where the state is carried, the slots' order."""
+        if self.carry:
+            return self._cached_samples("train", True).windows.slot_order  # type: ignore[attr-defined, no-any-return]
+        order = super().train_order(batch)
+        if not self.alike:
+            return order
+        lengths = np.minimum(self.lengths("train"), self.length or np.iinfo(np.int64).max)
+        return lambda epoch: like_lengths(order(epoch), lengths, batch, self.alike, self.seed, epoch)
 
     def train_sizes(self) -> tuple[int, ...]:
         """Documents of each shard; a stream's rows are read from anywhere."""
@@ -169,4 +183,5 @@ class SequenceDataModule(PackedDataModule):
             "windows": self.windows + (", carried" if self.carry else ""),
             "length": str(self.length),
             "train_crop": self.train_crop,
+            **({"alike": str(self.alike)} if self.alike else {}),
         }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -10,6 +12,7 @@ from mmlong.datamodules.order import (
     epoch_order,
     evaluation_plan,
     evaluation_steps,
+    like_lengths,
     permutation,
     rank_batch,
     steps_per_epoch,
@@ -43,6 +46,27 @@ def test_each_sample_once_but_the_declared_tail(
         orders.append(order)
     if samples > 40 and batch < 20:
         assert not np.array_equal(orders[0], orders[1])
+
+
+@settings(deadline=None)
+@given(st.data(), st.integers(1, 30), st.integers(1, 9), st.integers(1, 12), st.integers(0, 99))
+def test_like_lengths_share_a_batch(data: st.DataObject, batches: int, batch: int, pool: int, seed: int) -> None:
+    """No sample is lost, and within a pool no batch has a length between those of another."""
+    lengths = np.array(data.draw(st.lists(st.integers(1, 9), min_size=batches * batch, max_size=batches * batch)))
+    order = epoch_order([len(lengths)], seed, 0, batch)
+    found = like_lengths(order, lengths, batch, pool, seed, 0)
+    assert sorted(found.tolist()) == sorted(order.tolist())
+    of_batches = {frozenset(ids.tolist()): lengths[ids] for ids in found.reshape(-1, batch)}
+    for first in range(0, len(order), pool * batch):
+        here = set(order[first : first + pool * batch].tolist())
+        spans = sorted((both.min(), both.max()) for ids, both in of_batches.items() if ids <= here)
+        assert len(spans) == len(here) // batch
+        assert all(one[1] <= other[0] for one, other in pairwise(spans))
+    if batches >= 20 and pool < 5:
+        assert (
+            found.tolist()
+            != like_lengths(epoch_order([len(lengths)], seed, 1, batch), lengths, batch, pool, seed, 1).tolist()
+        )
 
 
 @settings(deadline=None)

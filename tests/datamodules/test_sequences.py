@@ -85,6 +85,39 @@ def test_whole_documents(make: Make, batch_size: int, cache: bool) -> None:
         assert len(set(seen)) == len(seen) == len(truth) // batch_size * batch_size
 
 
+def test_documents_of_like_length_share_a_batch(make: Make) -> None:
+    """Each once an epoch all the same, in batches that change, and a run goes on in the middle of them."""
+    dataset, documents = make([5, 90, 1, 300, 77, 5, 6, 31, 64, 2, 40, 41, 7, 250], splits={"val": 2})
+    truth = by_sample(dataset, documents, "train")
+    options: dict[str, Any] = {"batch_size": 3, "alike": 4, "length": 100}
+    whole = list(TextDataModule(str(dataset.folder), **options).train_dataloader())
+    spans = sorted((min(map(len, rows(batch))), max(map(len, rows(batch)))) for batch in whole)
+    assert all(one[1] <= other[0] for one, other in pairwise(spans))
+    seen = [sample for batch in whole for sample in batch["index"].tolist()]
+    assert sorted(seen) == list(range(len(truth)))
+    first = TextDataModule(str(dataset.folder), **options)
+    loader = first.train_dataloader()
+    both = [[sorted(batch["index"].tolist()) for batch in loader] for _ in range(2)]
+    assert both[0] != both[1]
+    begun = TextDataModule(str(dataset.folder), **options)
+    batches = iter(begun.train_dataloader())
+    next(batches)
+    state = begun.state_dict()
+    resumed = TextDataModule(str(dataset.folder), **options)
+    resumed.load_state_dict(json.loads(json.dumps(state)))
+    assert [batch["index"].tolist() for batch in resumed.train_dataloader()] == [
+        batch["index"].tolist() for batch in whole[1:]
+    ]
+    for changed in ({"alike": 2}, {"alike": 0}):
+        other = TextDataModule(str(dataset.folder), **{**options, **changed})
+        other.load_state_dict(state)
+        with pytest.raises(ValueError, match=r"data\.alike was 4 when"):
+            other.train_dataloader()
+    for wrong, said in (({"windows": "stream", "length": 9}, "rows of a stream are of one length"), ({"reader": "streaming"}, "as they come"), ({"alike": -1}, "a number of batches")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            TextDataModule(str(dataset.folder), **{"alike": 2, **wrong})
+
+
 def test_long_documents_are_cropped(make: Make) -> None:
     dataset, documents = make([100] * 8)
     truth = by_sample(dataset, documents, "train")
