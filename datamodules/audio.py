@@ -21,7 +21,7 @@ class AudioDataModule(SequenceDataModule):
 
     Args:
         rate: samples a second that a model is given; recordings that were packed at another rate are resampled when they are read. Lengths are counted at this rate. Not given: as packed.
-        dataset, root, source_path, windows, length, eval_length, crop, train_crop, label, batch_size, num_workers, seed, augment, reader, on_bad, cache, eval_batch_size, carry, alike: see
+        dataset, root, source_path, windows, length, eval_length, crop, train_crop, label, batch_size, num_workers, seed, augment, reader, on_bad, cache, eval_batch_size, carry, alike, short_first: see
             `SequenceDataModule`, counted in samples; ``augment`` takes the changes of `mmlong.datamodules.audio_augment`. Known datasets are ``fsdd`` (spoken digits; and ``fsdd-without-jackson``, with the
             name of any of its six speakers, to test on the voice that training never hears), ``foxdot`` (percussion), ``speech-commands-35`` and ``speech-commands-10``.
 
@@ -55,6 +55,7 @@ class AudioDataModule(SequenceDataModule):
         eval_batch_size: int | None = None,
         carry: bool = False,
         alike: int = 0,
+        short_first: int = 0,
         rate: int | None = None,
     ) -> None:
         if rate is not None and rate < 1:
@@ -64,7 +65,7 @@ class AudioDataModule(SequenceDataModule):
         self.rate = rate
         super().__init__(
             dataset, root, source_path, windows, length, eval_length, crop, train_crop, label, batch_size, num_workers,
-            seed, augment, reader, on_bad, cache, eval_batch_size, carry, alike,
+            seed, augment, reader, on_bad, cache, eval_batch_size, carry, alike, short_first,
         )  # fmt: skip
 
     @cached_property

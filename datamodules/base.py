@@ -21,7 +21,7 @@ import torch
 
 from .errors import ON_BAD, AlreadyPackedError, DataError
 from .indexed import IndexedReader
-from .loader import EvaluationLoader, Position, Samples, TrainLoader
+from .loader import Batch, EvaluationLoader, Position, Samples, TrainLoader
 from .order import WINDOW, epoch_order, steps_per_epoch
 from .packed import PackedDataset
 from .shards import MANIFEST
@@ -295,6 +295,10 @@ class PackedDataModule(pl.LightningDataModule):
         """Epoch -> its sample ids in order, for global batches of ``batch``."""
         sizes = self.train_sizes()
         return lambda epoch: epoch_order(sizes, self.seed, epoch, batch, WINDOW)
+
+    def typical_batches(self) -> list[Batch] | None:
+        """Training batches that on average cost what those of an epoch do; ``None`` where any does. For measuring: where training is does not change."""
+        return None
 
     def train_sizes(self) -> tuple[int, ...]:
         """How many training samples there are in each part of the data that is best read together: in each shard."""

@@ -21,6 +21,7 @@ MODULES: dict[str, str] = {
     "news": "news",
     "imdb": "imdb",
     "listops": "listops",
+    "listops-graded": "listops",
     "listops-lra": "listops",
     "fsdd": "fsdd",
     **{f"fsdd-without-{speaker}": "fsdd" for speaker in ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")},

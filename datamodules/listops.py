@@ -7,7 +7,8 @@ MIN, MAX, MED (the median, rounded down) and SM (the sum modulo 10); kept are ex
 
 A token is one byte: digits as they are, ``<`` MIN, ``>`` MAX, ``=`` MED, ``+`` SM, ``]`` the end of a list. (The benchmark's files also bracket every argument with ``(`` and ``)``, which its own reader leaves out.)
 
-Without files they are drawn here, from :data:`SEED`, the same on every machine: for ``listops-lra`` as many as the benchmark has, for ``listops`` about a tenth of them to train on. Given the benchmark's folder (``basic_train.tsv``, ``basic_val.tsv``, ``basic_test.tsv`` with
+Without files they are drawn here, from :data:`SEED`, the same on every machine: for ``listops-lra`` as many as the benchmark has, for ``listops`` about a tenth of them to train on. ``listops-graded`` has shorter expressions of the same
+grammar to train on besides (:data:`SHORTER`), which is not the benchmark's training data; it is validated and tested on what ``listops`` is. Given the benchmark's folder (``basic_train.tsv``, ``basic_val.tsv``, ``basic_test.tsv`` with
 columns Source and Target; ``lra_release/listops-1000``), its 96,000, 2,000 and 2,000 are read instead, each with its value checked.
 """
 
@@ -31,8 +32,12 @@ DEPTH, ARGUMENTS, CHANCE = 10, 10, 0.25
 SHORTEST, LONGEST = 500, 2000
 SIZES = {
     "listops": {"train": 10_000, "val": 2_000, "test": 2_000},
+    "listops-graded": {"train": 10_000, "val": 2_000, "test": 2_000},
     "listops-lra": {"train": 96_000, "val": 2_000, "test": 2_000},
 }
+"""Of the benchmark's lengths."""
+SHORTER = {(4, 16): 8_000, (16, 32): 14_000, (32, 64): 16_000, (64, 128): 16_000, (128, 256): 10_000, (256, 500): 8_000}
+"""How many training expressions of ``listops-graded`` have more than so many tokens and at most so many."""
 SEED = 2021
 FILES = {"train": "basic_train.tsv", "val": "basic_val.tsv", "test": "basic_test.tsv"}
 
@@ -80,8 +85,8 @@ def _apply(operator: str, numbers: list[int]) -> int:
     return numbers[middle] if len(numbers) % 2 else (numbers[middle - 1] + numbers[middle]) // 2
 
 
-def draw_expression(draw: random.Random) -> str | None:
-    """An expression in one-byte tokens, or ``None`` where it would be too long.
+def draw_expression(draw: random.Random, longest: int = LONGEST) -> str | None:
+    """An expression in one-byte tokens, or ``None`` where it would be of ``longest`` tokens or more.
 
     Only ``draw.random()`` is used, which gives the same numbers in every version of Python.
     """
@@ -89,7 +94,7 @@ def draw_expression(draw: random.Random) -> str | None:
     open_lists: list[int] = []  # arguments that are still to come, of each
     while True:
         depth = len(open_lists) + 1
-        if len(tokens) >= LONGEST:
+        if len(tokens) >= longest:
             return None
         if depth < DEPTH and draw.random() < CHANCE:
             count = 2 + int(draw.random() * (ARGUMENTS - 1))
@@ -117,21 +122,40 @@ def generate(count: int, seed: int = SEED) -> Iterator[str]:
             yield expression
 
 
+def generate_shorter(seed: int = SEED + 1) -> Iterator[str]:
+    """The expressions of :data:`SHORTER`, the shortest first; the same one may come twice."""
+    draw = random.Random(seed)
+    for (above, most), count in SHORTER.items():
+        while count:
+            expression = draw_expression(draw, most + 1)
+            if expression is not None and above < len(expression) <= most:
+                count -= 1
+                yield expression
+
+
 def load(given: str | None = None, name: str = "listops") -> SequenceSource:
     """Draw the expressions, or read the benchmark's.
 
     Args:
-        given: the folder of the benchmark's three files.
+        given: the folder of the benchmark's three files; with ``listops-graded``, to which others are added, it is refused.
         name: how many are drawn, a key of :data:`SIZES`.
 
     Raises:
         DataError: a file is missing, or a line of it is no expression with its value.
     """
     records: list[Record] = []
+    if given is not None and name == "listops-graded":
+        raise DataError(
+            Path(given), "are the benchmark's own expressions: take dataset: listops-lra, without short_first"
+        )
     if given is None:
         expressions = generate(sum(SIZES[name].values()))
         for split, count in SIZES[name].items():
             records += [_record(split, place, next(expressions)) for place in range(count)]
+        if name == "listops-graded":
+            records += [
+                _record("train", SIZES[name]["train"] + place, one) for place, one in enumerate(generate_shorter())
+            ]
     else:
         for split, file in FILES.items():
             records += [_record(split, place, expression) for place, expression in _read(Path(given) / file)]

@@ -16,6 +16,7 @@ from .augment import Augment, Change
 from .base import PackedDataModule, Progress
 from .codecs import Codec
 from .known import MODULES, data_root, is_known, known_names, known_sequences
+from .loader import Batch
 from .order import like_lengths
 from .pack_sequences import pack_known_sequences
 from .records import KnownSequences
@@ -23,6 +24,8 @@ from .sequence_samples import SequenceSamples, document_lengths
 from .windows import Stream, Whole, Windows
 
 WINDOWS = ("whole", "stream")
+TYPICAL = 12
+"""Batches that stand for all where they are uneven."""
 TRAIN_CROPS = ("random", "same")
 
 
@@ -42,6 +45,7 @@ class SequenceDataModule(PackedDataModule):
         carry: rows of a stream come so that place b of a batch goes on where place b of the batch before it ended, and batches say where that is so (``continues``): for
             training that carries the model's state (``model.carry``). Evaluation is as without.
         alike: documents of like length share a training batch, so that little is padded: so many batches at a time are sorted by their lengths (`mmlong.datamodules.order.like_lengths`); 0: as they come.
+        short_first: in so many first epochs documents come by length, the shortest first: a model meets what is easy, and cheap, before what is long.
         label: which label field; the dataset's default if not given.
         augment: changes to training samples.
         cache: keep decoded documents in memory, shared by the workers.
@@ -81,6 +85,7 @@ class SequenceDataModule(PackedDataModule):
         eval_batch_size: int | None = None,
         carry: bool = False,
         alike: int = 0,
+        short_first: int = 0,
     ) -> None:
         if windows not in WINDOWS:
             raise ValueError(f"windows is {windows!r}; it can be {' or '.join(WINDOWS)}")
@@ -92,12 +97,13 @@ class SequenceDataModule(PackedDataModule):
             raise ValueError("the reader 'streaming' gives whole documents; for windows: stream take reader: indexed")
         if carry and windows != "stream":
             raise ValueError("carry: true is for rows that go on, one behind another: set windows: stream")
-        if alike < 0:
-            raise ValueError(f"alike is {alike}; it is a number of batches, or 0")
-        if alike and (windows == "stream" or reader == "streaming"):
-            raise ValueError(
-                "alike is for whole documents of the indexed reader: rows of a stream are of one length, and the reader 'streaming' takes documents as they come"
-            )
+        for name, value, of in (("alike", alike, "batches"), ("short_first", short_first, "epochs")):
+            if value < 0:
+                raise ValueError(f"{name} is {value}; it is a number of {of}, or 0")
+            if value and (windows == "stream" or reader == "streaming"):
+                raise ValueError(
+                    f"{name} is for whole documents of the indexed reader: rows of a stream are of one length, and the reader 'streaming' takes documents as they come"
+                )
         known = known_sequences(dataset) if is_known(dataset, MODULES) else None
         if known is not None and known.modality != self.modality:
             raise ValueError(f"{dataset} is {known.modality}; {type(self).__name__} reads {self.modality}")
@@ -107,7 +113,7 @@ class SequenceDataModule(PackedDataModule):
         super().__init__(dataset, folder, known, label, batch_size, num_workers, seed, reader, on_bad, eval_batch_size)
         self.root, self.source_path = root, source_path
         self.windows, self.length, self.eval_length, self.crop = windows, length, eval_length or length, crop
-        self.train_crop, self.carry, self.alike = train_crop, carry, alike
+        self.train_crop, self.carry, self.alike, self.short_first = train_crop, carry, alike, short_first
         for train in (True, False):
             self._windows([1], train)  # refuses a length or crop that makes no sense, now
         self.augment = Augment(augment, seed, self.changes)
@@ -162,14 +168,34 @@ class SequenceDataModule(PackedDataModule):
         )  # fmt: skip
 
     def train_order(self, batch: int) -> Callable[[int], np.ndarray]:
-        """As the base's, documents of like length together if that is asked for; where the state is carried, the slots' order."""
+        """As the base's, documents of like length together or the short ones first if that is asked for; where the state is carried, the slots' order."""
         if self.carry:
             return self._cached_samples("train", True).windows.slot_order  # type: ignore[attr-defined, no-any-return]
-        order = super().train_order(batch)
-        if not self.alike:
-            return order
-        lengths = np.minimum(self.lengths("train"), self.length or np.iinfo(np.int64).max)
-        return lambda epoch: like_lengths(order(epoch), lengths, batch, self.alike, self.seed, epoch)
+        plain, lengths = super().train_order(batch), self._row_lengths()
+
+        def order(epoch: int) -> np.ndarray:
+            ids, rising = plain(epoch), epoch < self.short_first
+            if not (rising or self.alike):
+                return ids
+            return like_lengths(ids, lengths, batch, self.alike, self.seed, epoch, rising)
+
+        return order
+
+    def _row_lengths(self) -> np.ndarray:
+        """Tokens of each training document that a model is given, before any augmentation."""
+        return np.minimum(self.lengths("train"), self.length or np.iinfo(np.int64).max)
+
+    def typical_batches(self) -> list[Batch] | None:
+        """Of whole documents: batches from the shortest to the longest of the first epoch, each standing for as many."""
+        if self.windows == "stream" or self.reader == "streaming":
+            return None
+        longest = self._row_lengths()[self.train_order(self.batch_size)(0)].reshape(-1, self.batch_size).max(1)
+        if longest.min() == longest.max():
+            return None
+        places = np.argsort(longest, kind="stable")[((np.arange(TYPICAL) + 0.5) / TYPICAL * len(longest)).astype(int)]
+        ids = self.train_order(self.batch_size)(0).reshape(-1, self.batch_size)
+        samples = self._cached_samples("train", True)
+        return [samples.fetch([(0, int(sample), 1.0) for sample in ids[place]])[0] for place in places]
 
     def train_sizes(self) -> tuple[int, ...]:
         """Documents of each shard; a stream's rows are read from anywhere."""
@@ -183,5 +209,5 @@ class SequenceDataModule(PackedDataModule):
             "windows": self.windows + (", carried" if self.carry else ""),
             "length": str(self.length),
             "train_crop": self.train_crop,
-            **({"alike": str(self.alike)} if self.alike else {}),
+            **{name: str(value) for name, value in (("alike", self.alike), ("short_first", self.short_first)) if value},
         }

@@ -80,7 +80,7 @@ TASKS: dict[str, ArenaTask] = {
     for task in (
         ArenaTask(
             "lra/listops", "the value of nested lists", 0.1, "drawn by the published grammar", False,
-            {"data.source_path": "{path}", "data.dataset": "listops-lra"}, "lra_release/listops-1000",
+            {"data.source_path": "{path}", "data.dataset": "listops-lra", "data.short_first": 0}, "lra_release/listops-1000",
         ),
         ArenaTask(
             "lra/text", "is a film review positive? bytes", 0.5, "BBC news, five topics (stand-in)", True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,13 @@ from mmlong.cli.train import words_of
 from mmlong.measure import budget
 
 OWN = budget.LEAST + 1
-"""Batches of the data on which a step is timed."""
+"""Batches of the data on which a step is timed, where all are of one size."""
+
+
+def uneven_batches(data: Any) -> list[Any] | None:
+    """Batches to time steps on where those of the data are of several sizes: one that sets up, and some whose average is an epoch's (``typical_batches`` of the data module); else ``None``."""
+    found = data.typical_batches() if hasattr(data, "typical_batches") else None
+    return None if found is None else [found[0], *found]
 
 
 def task_seconds(task: Any, trainer: Mapping[str, Any], batches: Sequence[Any]) -> float:
@@ -20,12 +27,12 @@ def task_seconds(task: Any, trainer: Mapping[str, Any], batches: Sequence[Any]) 
     Args:
         task: of a recipe; taken over.
         trainer: the recipe's trainer options; a step is as many batches as it accumulates.
-        batches: that are trained on, in turn.
+        batches: that are trained on, the first to set up; fewer than :data:`OWN`, again in turn.
     """
     from mmlong.estimate.step import TrainingStep
 
     step = TrainingStep(task, dict(trainer))
-    return budget.step_seconds(step, itertools.islice(itertools.cycle(batches), OWN))
+    return budget.step_seconds(step, itertools.islice(itertools.cycle(batches), max(OWN, len(batches))), math.inf)
 
 
 def trainer_options(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,7 +65,7 @@ def step_seconds(config: dict[str, Any], options: dict[str, Any]) -> tuple[float
 
 
 def own_step_seconds(config: dict[str, Any], options: Mapping[str, Any]) -> tuple[float, int]:
-    """The same on the first batches of the recipe's data, whose lengths are the data's. What reading or drawing them takes is not counted.
+    """The same on the first batches of the recipe's data, or where their sizes differ on some of all sizes. What reading or drawing them takes is not counted.
 
     Args:
         config: of the recipe.
@@ -68,6 +75,6 @@ def own_step_seconds(config: dict[str, Any], options: Mapping[str, Any]) -> tupl
     data.prepare_data()
     data.setup("fit")
     task.show_data(data)
-    batches = list(itertools.islice(iter(data.train_dataloader()), OWN))
+    batches = uneven_batches(data) or list(itertools.islice(iter(data.train_dataloader()), OWN))
     data.teardown("fit")
     return task_seconds(task, trainer_options(config, options), batches), task.model.num_parameters()

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -232,6 +233,7 @@ def measure_here(names: list[str], overrides: list[str]) -> Cost:
     import yaml
 
     from mmlong.cli.build import build, parse
+    from mmlong.cli.timing import uneven_batches
     from mmlong.cli.train import check_config, hush, pairs
     from mmlong.estimate.step import TrainingStep
     from mmlong.measure.budget import step_seconds
@@ -260,14 +262,20 @@ def measure_here(names: list[str], overrides: list[str]) -> Cost:
             if before:
                 raise ValueError("the data has no training batch")
 
-    kept: dict[str, Any] = {}
+    uneven = uneven_batches(data)
+    if uneven is not None:
+        seconds = step_seconds(step, uneven, enough=math.inf)
+        mean = sum(map(task.tokens_in, uneven[1:])) / len(uneven[1:])
+        batch = min(uneven, key=lambda one: abs(task.tokens_in(one) - mean))
+    else:
+        kept: dict[str, Any] = {}
 
-    def timed(batch: dict[str, Any]) -> None:
-        kept["batch"] = batch
-        step(batch)
+        def timed(one: dict[str, Any]) -> None:
+            kept["batch"] = one
+            step(one)
 
-    seconds = step_seconds(timed, batches())
-    batch = kept["batch"]
+        seconds = step_seconds(timed, batches())
+        batch = kept["batch"]
     flops = count_flops(lambda: step(batch))
     tokens = task.tokens_in(batch) * step.accumulate
     return Cost(seconds, task.model.num_parameters(), flops, tokens)

@@ -79,6 +79,25 @@ def test_what_is_drawn_is_the_same_everywhere() -> None:
     assert some[0].startswith("+2><02=32871611+0++><857]3=060]]768]")
 
 
+def test_shorter_ones_to_begin_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of every length as many as are told, behind the same that `listops` trains on; validation and test are the same."""
+    monkeypatch.setattr(listops, "SHORTER", {(4, 16): 9, (16, 32): 5, (32, 64): 2})
+    for name in ("listops", "listops-graded"):
+        monkeypatch.setitem(listops.SIZES, name, {"train": 6, "val": 3, "test": 2})
+    plain, graded = (listops.load(name=name).records for name in ("listops", "listops-graded"))
+    assert [record.load() for record in graded[:11]] == [record.load() for record in plain]
+    lengths = [len(record.load()) for record in graded[11:]]
+    assert len(lengths) == 16
+    assert all(4 < one <= 16 for one in lengths[:9])
+    assert all(16 < one <= 32 for one in lengths[9:14])
+    assert all(32 < one <= 64 for one in lengths[14:])
+    assert all(record.split == "train" for record in graded[11:])
+    assert all(value_of(record.load().decode()) == record.labels["value"] for record in graded)
+    assert len({record.name for record in graded}) == len(graded)
+    with pytest.raises(DataError, match="take dataset: listops-lra"):
+        listops.load(str(tmp_path), "listops-graded")
+
+
 def as_in_the_files(expression: str) -> str:
     """With names and brackets as the benchmark writes them."""
     words = [NAMES.get(t, t) for t in expression]

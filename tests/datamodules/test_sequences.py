@@ -113,9 +113,30 @@ def test_documents_of_like_length_share_a_batch(make: Make) -> None:
         other.load_state_dict(state)
         with pytest.raises(ValueError, match=r"data\.alike was 4 when"):
             other.train_dataloader()
+    short = list(TextDataModule(str(dataset.folder), **{**options, "short_first": 1}).train_dataloader())
+    assert [sorted(map(len, rows(batch))) for batch in short] == np.sort(
+        np.minimum([len(one) for one in truth], 100)
+    ).reshape(-1, 3).tolist()
     for wrong, said in (({"windows": "stream", "length": 9}, "rows of a stream are of one length"), ({"reader": "streaming"}, "as they come"), ({"alike": -1}, "a number of batches")):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             TextDataModule(str(dataset.folder), **{"alike": 2, **wrong})
+
+
+def test_some_batches_stand_for_all(make: Make) -> None:
+    """Their mean size is an epoch's, in whatever order it comes, and where training is does not change."""
+    lengths = np.random.default_rng(0).integers(1, 400, 402).tolist()
+    dataset, _ = make(lengths)
+    for options in ({}, {"alike": 8}, {"short_first": 1}):
+        module = TextDataModule(str(dataset.folder), batch_size=4, **options)  # type: ignore[arg-type]
+        some = module.typical_batches()
+        assert some is not None
+        assert module.state_dict()["samples_done"] == 0
+        whole = list(module.train_dataloader())
+        sizes = [np.mean([batch["raw"].shape[1] for batch in batches]) for batches in (some, whole)]
+        assert sizes[0] == pytest.approx(sizes[1], rel=0.05)
+        assert max(batch["raw"].shape[1] for batch in some) > 1.1 * sizes[1] or not options
+    assert TextDataModule(str(dataset.folder), length=1, batch_size=4).typical_batches() is None
+    assert TextDataModule(str(dataset.folder), windows="stream", length=9).typical_batches() is None
 
 
 def test_long_documents_are_cropped(make: Make) -> None:

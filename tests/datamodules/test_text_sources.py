@@ -117,6 +117,7 @@ def test_known_sources() -> None:
         "news",
         "imdb",
         "listops",
+        "listops-graded",
         "listops-lra",
         "enwik8",
         "text8",
