@@ -189,11 +189,11 @@ class SequenceDataModule(PackedDataModule):
         """Of whole documents: batches from the shortest to the longest of the first epoch, each standing for as many."""
         if self.windows == "stream" or self.reader == "streaming":
             return None
-        longest = self._row_lengths()[self.train_order(self.batch_size)(0)].reshape(-1, self.batch_size).max(1)
+        ids = self.train_order(self.batch_size)(0).reshape(-1, self.batch_size)
+        longest = self._row_lengths()[ids].max(1)
         if longest.min() == longest.max():
             return None
         places = np.argsort(longest, kind="stable")[((np.arange(TYPICAL) + 0.5) / TYPICAL * len(longest)).astype(int)]
-        ids = self.train_order(self.batch_size)(0).reshape(-1, self.batch_size)
         samples = self._cached_samples("train", True)
         return [samples.fetch([(0, int(sample), 1.0) for sample in ids[place]])[0] for place in places]
 
