@@ -63,6 +63,7 @@ _PLAIN = {
     f"{_BODY}pool": [],
     f"{_BODY}depth": 0,
     f"{_BODY}mixers": ["s4d"],
+    f"{_BODY}norm": "layer",
     f"{_BODY}reverse_complement": False,
 }
 """A backbone of nothing but a norm, behind which the recipe's head stands."""
@@ -105,6 +106,12 @@ _CLASSIFY: dict[str, list[Any]] = {
 }
 _PHOTO = {"name": "masked_conv2d", "width": 64, "radius": 2}
 _NEAR = {"name": "local", "window": 512}
+_ROW = {"name": "masked_conv2d", "radius": 1, "relu": True}
+_CELLS: dict[str, list[Any]] = {
+    name: [*([{**_ROW, "width": width}] for width in (256, 128, 64, 32)), [{**_ROW, "width": 16, "repeat": 3}, name]]
+    for name in _CLASSIFY
+}
+"""The convolutions of the recipe stay, as they do in the arena."""
 _PICTURES = ("timm resnet10t", "timm resnet18", "timm vit_tiny")
 _WHOLE = {"model.segment": None, "data.eval_length": 8192, "data.eval_batch_size": 1}
 """For peers, which carry no state: rows of evaluation are run whole, as long as that allows."""
@@ -112,7 +119,7 @@ _WHOLE = {"model.segment": None, "data.eval_length": 8192, "data.eval_batch_size
 SUBJECTS: dict[str, Subject] = {
     "image/cells256": Subject("test/accuracy", _PICTURES, (("linear", "thumbnails"),), _CLASSIFY, 3),
     "image/defects256": Subject(
-        "test/balanced_accuracy", _PICTURES, (("linear", "thumbnails"), ("boosting", "thumbnails")), _CLASSIFY, 6
+        "test/balanced_accuracy", _PICTURES, (("linear", "thumbnails"), ("boosting", "thumbnails")), _CELLS, 6
     ),
     "image/photo_ar": Subject(
         "test/bits",
