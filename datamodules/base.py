@@ -373,7 +373,10 @@ class PackedDataModule(pl.LightningDataModule):
                 "seed": (state["seed"], self.seed, "data.seed"),
                 "dataset": (state["dataset"], self.dataset.fingerprint, f"the bytes of {self.folder}"),
                 "reader": (state["reader"], self.reader, "data.reader"),
-                **{name: (state.get(name), fixed.get(name), f"data.{name}") for name in {*fixed, *state} - _ALWAYS},
+                **{
+                    name: (state.get(name), fixed.get(name), f"data.{name}")
+                    for name in sorted({*fixed, *state} - _ALWAYS)
+                },
             }
             for was, now, what in changed.values():
                 if was != now:

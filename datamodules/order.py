@@ -94,9 +94,7 @@ def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int, batch: int, w
     return np.concatenate(parts)
 
 
-def like_lengths(
-    order: np.ndarray, lengths: np.ndarray, batch: int, pool: int, seed: int, epoch: int, rising: bool = False
-) -> np.ndarray:
+def like_lengths(order: np.ndarray, lengths: np.ndarray, batch: int, pool: int, seed: int, epoch: int) -> np.ndarray:
     """The same samples with those of like length in one batch, so that little is padded.
 
     ``pool`` batches at a time, as they came, are sorted by length and cut into batches again, and all batches of the epoch are then shuffled. Which samples meet is drawn anew each epoch, as long as an epoch has several pools.
@@ -107,13 +105,10 @@ def like_lengths(
         batch: samples in a global batch.
         pool: batches that are sorted together, at least 1.
         seed, epoch: of the run, from 0.
-        rising: the whole epoch is sorted, short samples first, in place of all that.
 
     Returns:
         ids as long as ``order``.
     """
-    if rising:
-        return order[np.argsort(lengths[order], kind="stable")]
     size = pool * batch
     parts = [order[first : first + size] for first in range(0, len(order), size)]
     batches = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts]).reshape(-1, batch)

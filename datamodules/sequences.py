@@ -174,10 +174,10 @@ class SequenceDataModule(PackedDataModule):
         plain, lengths = super().train_order(batch), self._row_lengths()
 
         def order(epoch: int) -> np.ndarray:
-            ids, rising = plain(epoch), epoch < self.short_first
-            if not (rising or self.alike):
-                return ids
-            return like_lengths(ids, lengths, batch, self.alike, self.seed, epoch, rising)
+            ids = plain(epoch)
+            if epoch < self.short_first:
+                return ids[np.argsort(lengths[ids], kind="stable")]
+            return like_lengths(ids, lengths, batch, self.alike, self.seed, epoch) if self.alike else ids
 
         return order
 
